@@ -1,0 +1,180 @@
+"""Measure a checkpoint folder, original or packed: perplexity of a text, or text from a prompt with tokens per second.
+
+    python eval.py --model FOLDER --text wiki.test.raw
+    python eval.py --model FOLDER --prompt "def fibonacci("
+
+Perplexity by the protocol of the field (Frantar et al. 2022): the text is tokenized whole and cut into windows of
+seq_len that do not overlap; each window predicts its own tokens from the second on; the exponential of the mean loss.
+It is computed one decoder block at a time over all windows, in float32, so a model of any depth needs the memory of
+one block and of the activations.
+"""
+
+import argparse
+import math
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from typing import Callable
+from zlib import crc32
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm import tqdm
+
+from llama import Block, Checkpoint, rope_tables
+
+TINY = Path(__file__).parent / "models" / "tiny"
+STANDARD_LIBRARY = "the Python standard library"  # the text when no file is given
+
+
+def standard_library_text(held_out: bool) -> str:
+    """Python's own source, on every machine that runs this: one file in 16, by a hash of its name, is held out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skip = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
+    names = (p.relative_to(root).as_posix() for p in sorted(root.rglob("*.py")))
+    chosen = (n for n in names if not skip & set(n.split("/")) and (crc32(n.encode()) % 16 == 0) == held_out)
+    return "\n".join((root / n).read_text("utf-8", errors="replace") for n in chosen)
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file, whole. Raises OSError or ValueError naming it if it cannot be read or is empty."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise OSError(f"{path}: cannot read this text file ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; convert it, for example with iconv") from None
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty")
+    return text
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """`tokenizer.json` of a checkpoint folder."""
+    path = folder / "tokenizer.json"
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{path}: missing or damaged ({error}); a folder with tokenizer.json is needed") from None
+
+
+def tokenize(tokenizer: Tokenizer, text: str, name: str, seq_len: int) -> Tensor:
+    """(n_tokens,) int64, at least one window. Raises ValueError naming the text if it is shorter."""
+    ids = torch.tensor(tokenizer.encode(text).ids)
+    if len(ids) < seq_len:
+        raise ValueError(f"{name}: {len(ids)} tokens are less than one window of {seq_len}; give a longer text or a smaller --seq-len")
+    return ids
+
+
+def cut(ids: Tensor, seq_len: int) -> Tensor:
+    """(n_tokens,) -> (n_windows, seq_len), without overlap; what is left over at the end is dropped."""
+    return ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
+
+
+def batches(x: Tensor, tokens: int = 4096) -> tuple[Tensor, ...]:
+    """Views of x: (n, seq_len, ...), each of about so many tokens."""
+    return x.split(max(1, tokens // x.shape[1]))
+
+
+@torch.inference_mode()
+def perplexity(checkpoint: Checkpoint, windows: Tensor, device="cpu", prepare: Callable[[Block, int], None] | None = None, label="") -> float:
+    """exp of the mean next-token loss.
+
+    windows: (n_windows, seq_len) int64
+    prepare: called with each block and its number before it is used, for example to quantize it
+    label: what the progress bar calls it"""
+    cos, sin = rope_tables(checkpoint.config, windows.shape[1], device)
+    x = checkpoint.embedding()(windows)  # (n_windows, seq_len, hidden_size), stays on the CPU
+    for i in tqdm(range(checkpoint.config.num_hidden_layers), desc=f"perplexity {label}".strip(), unit="block", leave=False):
+        block = checkpoint.block(i, device=device)
+        if prepare is not None:
+            prepare(block, i)
+        for part in batches(x):
+            part.copy_(block(part.to(device), cos, sin))
+    head, loss = checkpoint.head(device=device), 0.0
+    for ids, last in zip(windows, x):
+        logits = head(last[:-1].to(device))
+        loss += F.cross_entropy(logits, ids[1:].to(device)).item() / len(windows)
+    return math.exp(loss)
+
+
+def generate(checkpoint: Checkpoint, tokenizer: Tokenizer, prompt: str, n_tokens: int, device) -> tuple[str, float]:
+    """The prompt greedily continued, and tokens per second (the prompt's own pass included)."""
+    ids = torch.tensor([tokenizer.encode(prompt).ids], device=device)
+    context = checkpoint.config.max_position_embeddings
+    if ids.shape[1] == 0 or ids.shape[1] + n_tokens > context:
+        raise ValueError(f"a prompt of {ids.shape[1]} tokens and {n_tokens} more do not fit: 1 to {context} in all, see --tokens")
+    model = checkpoint.model(torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32, device)
+    model.generate(ids, 1)  # warm up
+    start = time.perf_counter()
+    text = tokenizer.decode(model.generate(ids, n_tokens)[0].tolist())
+    return text, n_tokens / (time.perf_counter() - start)
+
+
+def check_device(name: str) -> torch.device:
+    """Raises ValueError if PyTorch cannot use this device here."""
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def resolve_seq_len(asked: int | None, checkpoint: Checkpoint) -> int:
+    """The window: as asked, else 2048 or the model's context if that is smaller. Raises ValueError beyond the context."""
+    context = checkpoint.config.max_position_embeddings
+    if asked is not None and not 2 <= asked <= context:
+        raise ValueError(f"--seq-len {asked}: choose 2 to {context}, the context of this model")
+    return asked or min(2048, context)
+
+
+def run(args: argparse.Namespace) -> None:
+    device, checkpoint = check_device(args.device), Checkpoint(args.model)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    if args.prompt is not None:
+        text, speed = generate(checkpoint, tokenizer, args.prompt, args.tokens, device)
+        print(f"{text}\n\n{speed:.1f} tokens/s")
+        return
+    text, name = (read_text(args.text), Path(args.text).name) if args.text else (standard_library_text(held_out=True), STANDARD_LIBRARY)
+    seq_len = resolve_seq_len(args.seq_len, checkpoint)
+    windows = cut(tokenize(tokenizer, text, name, seq_len), seq_len)
+    result = perplexity(checkpoint, windows, device)
+    print(f"perplexity {result:.4f} ({name}, seq_len {seq_len}, {len(windows)} windows)")
+
+
+def guarded(run: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
+    """Parse the command line and run; whatever is the user's to mend ends in one line on stderr and exit code 2."""
+    parser.error = lambda message: sys.exit(fail(message))
+    try:
+        run(parser.parse_args())
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        sys.exit(fail(error))
+    except KeyboardInterrupt:
+        sys.exit(fail("interrupted", code=130))
+
+
+def fail(message: object, code: int = 2) -> int:
+    print(f"\nerror: {message}", file=sys.stderr)
+    return code
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Perplexity of a checkpoint folder (original or packed), or text generated by it.")
+    parser.add_argument("--model", default=TINY, help="checkpoint folder (default: the bundled models/tiny)")
+    parser.add_argument("--text", help=f"UTF-8 file to measure perplexity on (default: {STANDARD_LIBRARY}, its held-out files)")
+    parser.add_argument("--seq-len", type=int, help="tokens per window (default: 2048, or the model's context if smaller)")
+    parser.add_argument("--prompt", help="continue this text instead and print tokens/s")
+    parser.add_argument("--tokens", type=int, default=100, help="tokens to generate (default: %(default)s)")
+    parser.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+    guarded(run, parser)
+
+
+if __name__ == "__main__":
+    main()
