@@ -134,13 +134,15 @@ def alternating_update(w: Tensor, alpha: Tensor, shift: Tensor, n_rounds: int) -
         theta = theta + torch.linalg.solve(gram + damping, residual)
 
 
-def uniform_range(w: Tensor, n_bits: int, ratio: float = 1.0) -> tuple[Tensor, Tensor]:
+def uniform_range(w: Tensor, n_bits: int, ratio: float = 1.0, whole: bool = True) -> tuple[Tensor, Tensor]:
     """scale and zero_point, (n_groups, 1) each, of uniform levels over the range of each group shrunk by `ratio`.
 
-    The range includes 0 and zero_point is an integer, so that a weight of 0 stays 0, as everybody's RTN has it."""
-    low, high = w.amin(1, keepdim=True).clamp(max=0) * ratio, w.amax(1, keepdim=True).clamp(min=0) * ratio
+    whole: let zero_point be an integer and the range include 0, so that a weight of 0 stays 0, as RTN usually has it."""
+    low, high = w.amin(1, keepdim=True) * ratio, w.amax(1, keepdim=True) * ratio
+    if whole:
+        low, high = low.clamp(max=0), high.clamp(min=0)
     scale = ((high - low) / (2**n_bits - 1)).clamp(min=1e-8)
-    return scale, torch.round(-low / scale)
+    return scale, torch.round(-low / scale) if whole else -low / scale
 
 
 def initialize(w: Tensor, n_bits: int, n_ratios: int, n_rounds: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -157,7 +159,7 @@ def _initialize_part(w: Tensor, n_bits: int, n_ratios: int, n_rounds: int) -> Te
     alpha_uniform, shift_uniform = uniform_levels(n_bits, w)
     best, best_error = None, torch.inf
     for ratio in torch.linspace(1, 0.2, n_ratios).tolist():
-        scale, zero_point = uniform_range(w, n_bits, ratio)
+        scale, zero_point = uniform_range(w, n_bits, ratio, whole=n_rounds == 0)
         start = scale * alpha_uniform, scale * (shift_uniform - zero_point)
         if n_rounds == 0:  # exactly uniform, not a rounding error beside it
             found = torch.cat((scale, zero_point, alpha_uniform.expand(len(w), -1), shift_uniform.expand(len(w), 1)), 1)

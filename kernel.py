@@ -65,7 +65,8 @@ def pack(codes: Tensor, n_bits: int) -> Tensor:
 
 def unpack_plane(plane: Tensor, out_features: int) -> Tensor:
     """plane: (out/32, in/32, 32) int32 -> its bits, (out, in) uint8."""
-    octets = from_tiles(plane, out_features).contiguous().view(torch.uint8)  # (out, in/8)
+    octets = plane.view(torch.uint8).unflatten(-1, (TILE, 4))  # (out/32, in/32, 32, 4)
+    octets = octets.movedim(2, 1).flatten(2).flatten(0, 1)[:out_features]  # (out, in/8)
     places = torch.arange(8, dtype=torch.uint8, device=plane.device)
     return ((octets.unsqueeze(-1) >> places) & 1).flatten(1)
 

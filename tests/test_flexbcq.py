@@ -1,0 +1,284 @@
+"""The method: levels, mapping, alternating update, gradient, fold."""
+
+import itertools
+
+import pytest
+import torch
+
+from flexbcq import METHODS, FlexBCQLinear, Quantize, alternating_update, initialize, levels, nearest, nearest_nearby, sign_patterns, uniform_levels, uniform_range
+
+torch.manual_seed(0)
+
+
+def random_groups(n_groups=20, size=96, dtype=torch.float32):
+    return torch.randn(n_groups, size, dtype=dtype)
+
+
+def random_layer(method, n_bits, group_size, out=6, width=192, seed=0):
+    """A layer with every parameter moved away from its start and the codes mapped again, as after some training."""
+    torch.manual_seed(seed)
+    layer = FlexBCQLinear(torch.randn(out, width) * 0.02, n_bits, group_size, *METHODS[method], n_ratios=3, n_rounds=3)
+    with torch.no_grad():
+        for p in layer.mapping_parameters() + layer.level_parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    layer.remap(local=False)
+    return layer
+
+
+def dequantize(codes, alpha, shift):
+    """codes (out, in), alpha (out, groups, n_bits), shift (out, groups) -> weights, straight from the definition."""
+    out, groups, n_bits = alpha.shape
+    signs = sign_patterns(n_bits, alpha)[codes.long()].view(out, groups, -1, n_bits)
+    return ((signs * alpha.unsqueeze(2)).sum(-1) + shift.unsqueeze(-1)).view(codes.shape)
+
+
+@pytest.mark.parametrize("method, n_bits, group_size", list(itertools.product(METHODS, range(1, 9), (32, 64, 96, 192, -1))))
+def test_uq_after_bcq_is_one_bcq(method, n_bits, group_size):
+    layer = random_layer(method, n_bits, group_size)
+    v = layer._v()
+    codes = nearest(v, layer.alpha, layer.shift)
+    q = levels(layer.alpha, layer.shift).gather(1, codes.long())
+    back = (layer._scale() * (q - layer.zero_point)).view(layer.shape)
+    folded = dequantize(*layer.fold())
+    assert (folded - back).abs().max() <= 1e-6 * back.abs().max()
+    assert (layer.quantized_weight() - back).abs().max() <= 1e-6 * back.abs().max()
+
+
+@pytest.mark.parametrize("n_bits", range(1, 9))
+def test_rtn_is_round_and_clip_to_the_last_bit(n_bits):
+    weight = torch.randn(8, 128)
+    scale, zero_point = uniform_range(weight, n_bits)
+    rounded = torch.clamp(torch.round(weight / scale + zero_point), 0, 2**n_bits - 1)
+    layer = FlexBCQLinear(weight, n_bits, -1, *METHODS["rtn"])
+    assert torch.equal(layer.codes, rounded.to(torch.uint8))
+    assert torch.equal(layer.quantized_weight(), scale * (rounded - zero_point))
+
+
+def test_bcq_with_one_bit_is_sign_and_mean():
+    weight = random_groups(4, 128)
+    weight = torch.cat((weight, -weight), 1)  # symmetric, so the best shift is 0
+    layer = FlexBCQLinear(weight, 1, -1, *METHODS["bcq"], n_ratios=1)
+    expected = weight.sign() * weight.abs().mean(1, keepdim=True)
+    torch.testing.assert_close(layer.quantized_weight(), expected, rtol=1e-5, atol=1e-6)
+
+
+def brute_force_update(w, alpha, shift, n_rounds):
+    """Alternating update as written in the paper: every weight against every level, least squares by lstsq."""
+    w, theta = w.double(), torch.cat((alpha, shift), 1).double()
+    features = torch.cat((sign_patterns(alpha.shape[1], w), torch.ones(2 ** alpha.shape[1], 1, dtype=w.dtype)), 1)
+    for _ in range(n_rounds):
+        codes = (w.unsqueeze(2) - (theta @ features.T).unsqueeze(1)).abs().argmin(2)
+        theta = torch.linalg.lstsq(features[codes], w.unsqueeze(2), driver="gelsd").solution.squeeze(2)
+    codes = (w.unsqueeze(2) - (theta @ features.T).unsqueeze(1)).abs().argmin(2)
+    return theta[:, :-1], theta[:, -1:], codes
+
+
+def uniform_start(w, n_bits):
+    alpha, shift = uniform_levels(n_bits, w)
+    scale, zero_point = uniform_range(w, n_bits)
+    return scale * alpha, scale * (shift - zero_point)
+
+
+@pytest.mark.parametrize("n_bits", (1, 2, 3, 4))
+def test_sorted_alternating_update_is_the_brute_force_one(n_bits):
+    w = random_groups(size=256)
+    start = uniform_start(w, n_bits)
+    alpha, shift, _ = alternating_update(w.sort(1).values, *start, n_rounds=4)
+    alpha_expected, shift_expected, codes = brute_force_update(w, *start, n_rounds=4)
+    torch.testing.assert_close(alpha, alpha_expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(shift, shift_expected, rtol=1e-5, atol=1e-7)
+    assert torch.equal(nearest(w.double(), alpha, shift), codes.to(torch.uint8))
+
+
+@pytest.mark.parametrize("n_bits", (1, 2, 3, 4, 8))
+def test_error_of_alternating_update_never_rises(n_bits):
+    w = random_groups().sort(1).values
+    errors = torch.cat([alternating_update(w, *uniform_start(w, n_bits), n)[2] for n in range(12)], 1)
+    assert (errors.diff(dim=1) <= 1e-9 * errors[:, :1]).all()
+
+
+@pytest.mark.parametrize("n_bits", (2, 3, 4))
+def test_reported_error_is_the_squared_distance_to_the_levels(n_bits):
+    w = random_groups().sort(1).values
+    alpha, shift, error = alternating_update(w, *uniform_start(w, n_bits), 5)
+    q = levels(alpha, shift).gather(1, nearest(w.double(), alpha, shift).long())
+    torch.testing.assert_close(error, (w.double() - q).square().sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("n_bits", (1, 2, 3, 4))
+def test_weights_that_are_a_bcq_already_stay_exact(n_bits):
+    alpha = torch.tensor([[0.9, 0.4, 0.21, 0.06]])[:, :n_bits].repeat(5, 1)
+    shift = torch.full((5, 1), 0.03)
+    w = levels(alpha, shift)[:, torch.randint(2**n_bits, (256,))].sort(1).values
+    found, _, error = alternating_update(w, alpha * 1.02, shift, n_rounds=3)
+    assert error.max() < 1e-10
+    torch.testing.assert_close(found, alpha.double(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method, n_bits", list(itertools.product(METHODS, (1, 3, 8))))
+@pytest.mark.parametrize(
+    "weight",
+    [torch.zeros(3, 64), torch.full((3, 64), 0.7), torch.full((3, 64), -1e-3), torch.randn(1, 64), torch.randn(5, 32).bfloat16()],
+    ids=["zeros", "constant", "small constant", "one row", "bfloat16"],
+)
+def test_odd_weights_give_finite_numbers_no_farther_than_the_largest_weight(weight, method, n_bits):
+    layer = FlexBCQLinear(weight, n_bits, 32, *METHODS[method])
+    packed = layer.pack().dequantize()
+    assert packed.isfinite().all()
+    largest = weight.float().abs().max()
+    assert (packed - weight.float()).abs().max() <= 1.01 * largest + 1e-6
+    if n_bits == 8 and weight.unique().numel() == 1:
+        torch.testing.assert_close(packed, weight.float(), rtol=2e-3, atol=1e-6)
+
+
+def test_grid_of_clipping_ratios_never_loses_to_none():
+    w = random_groups() ** 3  # heavy tails, where clipping pays
+    for n_bits, n_rounds in itertools.product((2, 3), (0, 15)):
+        errors = []
+        for n_ratios in (1, 20):
+            scale, zero_point, alpha, shift = initialize(w, n_bits, n_ratios, n_rounds)
+            q = levels(alpha, shift).gather(1, nearest(w / scale + zero_point, alpha, shift).long())
+            errors.append((w - scale * (q - zero_point)).square().sum(1))
+        assert (errors[1] <= errors[0] * 1.0001).all() and errors[1].sum() < 0.99 * errors[0].sum()
+
+
+# ------------------------------------------------------------------------------------------------------ mapping
+
+
+def crossing_levels(n_groups, n_bits):
+    """alphas close to each other and unordered: the order of codes is not the order of values."""
+    return 0.5 + torch.rand(n_groups, n_bits), torch.randn(n_groups, 1)
+
+
+def neighbours(codes, alpha, shift):
+    """Codes of the level below, the same, and above by value, (n_groups, size, 3), by sorting in plain Python."""
+    result = []
+    for group_codes, values in zip(codes.tolist(), levels(alpha, shift).tolist()):
+        order = sorted(range(len(values)), key=values.__getitem__)
+        ranks = [order.index(c) for c in group_codes]
+        result.append([[order[max(r - 1, 0)], order[r], order[min(r + 1, len(order) - 1)]] for r in ranks])
+    return torch.tensor(result)
+
+
+@pytest.mark.parametrize("n_bits", (1, 2, 3, 4, 8))
+def test_direct_mapping_finds_the_nearest_level(n_bits):
+    v, (alpha, shift) = random_groups(), crossing_levels(20, n_bits)
+    values = levels(alpha, shift)
+    expected = (v.unsqueeze(2) - values.unsqueeze(1)).abs().amin(2)
+    found = (v - values.gather(1, nearest(v, alpha, shift).long())).abs()
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("n_bits", (1, 2, 3, 4, 8))
+def test_local_mapping_is_the_nearest_of_three_neighbours_by_value(n_bits):
+    v, (alpha, shift) = random_groups(), crossing_levels(20, n_bits)
+    codes = torch.randint(2**n_bits, v.shape).to(torch.uint8)
+    values = levels(alpha, shift)
+    candidates = neighbours(codes, alpha, shift)
+    expected = (v.unsqueeze(2) - values.unsqueeze(1).expand(-1, v.shape[1], -1).gather(2, candidates)).abs().amin(2)
+    found = (v - values.gather(1, nearest_nearby(v, codes, alpha, shift).long())).abs()
+    torch.testing.assert_close(found, expected)
+
+
+def test_local_mapping_is_the_direct_one_when_moves_are_small():
+    v, (alpha, shift) = random_groups(), crossing_levels(20, 3)
+    codes = nearest(v, alpha, shift)
+    step = levels(alpha, shift).sort(1).values.diff(dim=1).amin(1, keepdim=True)  # no move beyond one level
+    moved = v + (2 * torch.rand_like(v) - 1) * step
+    assert not torch.equal(nearest(moved, alpha, shift), codes)
+    assert torch.equal(nearest_nearby(moved, codes, alpha, shift), nearest(moved, alpha, shift))
+
+
+# ------------------------------------------------------------------------------------------------------ gradient
+
+
+def plain_formula(w, scale, zero_point, log_s_elem, alpha, shift, codes, filtering):
+    """The quantizer in operations that autograd knows; q + (v - v.detach()) is the straight-through estimator."""
+    v = w / (scale * torch.exp(log_s_elem)) + zero_point
+    q = levels(alpha, shift).gather(1, codes.long()) + (v - v.detach())
+    if filtering:
+        too_far = (v - q).abs() > alpha.abs().amin(1, keepdim=True)
+        q = torch.where(too_far, q.detach(), q)
+    return scale * (q - zero_point)
+
+
+@pytest.mark.parametrize("n_bits, filtering", list(itertools.product((1, 2, 3, 5, 8), (True, False))))
+def test_backward_by_hand_is_autograd_of_the_plain_formula(n_bits, filtering):
+    torch.manual_seed(n_bits)
+    w = random_groups(7, 64, torch.float64)
+    alpha, shift = (x.double() for x in crossing_levels(7, n_bits))
+    leaves = [torch.rand(7, 1).double() + 0.5, torch.randn(7, 64).double() * 0.3, alpha, shift]
+    zero_point, codes = torch.randn(7, 1).double(), torch.randint(2**n_bits, w.shape).to(torch.uint8)
+    gradient, results = torch.randn_like(w), []
+    for function in (Quantize.apply, plain_formula):
+        scale, log_s_elem, alpha, shift = (x.clone().requires_grad_() for x in leaves)
+        y = function(w, scale, zero_point, log_s_elem, alpha, shift, codes, filtering)
+        results.append((y, *torch.autograd.grad(y, (scale, log_s_elem, alpha, shift), gradient)))
+    for ours, expected in zip(*results):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_filtering_of_uniform_levels_is_the_clipping_of_their_range():
+    layer = FlexBCQLinear(torch.randn(8, 64), 3, -1, *METHODS["flexround"], n_ratios=50)
+    layer.quantized_weight().sum().backward()
+    v = layer._v()
+    clipped = (v < -0.5) | (v > 7.5)
+    assert clipped.any()
+    assert torch.equal(layer.log_s_elem.grad == 0, clipped | (layer.w == 0))
+
+
+def test_forward_leaves_the_codes_alone_and_remap_renews_them():
+    layer = random_layer("flexbcq", 3, 64)
+    codes = layer.codes.clone()
+    with torch.no_grad():
+        layer.log_s_elem.add_(torch.randn_like(layer.log_s_elem))
+    layer(torch.randn(2, 192))
+    assert torch.equal(layer.codes, codes)
+    layer.remap()
+    assert not torch.equal(layer.codes, codes)
+
+
+@pytest.mark.parametrize("method, names", [("rtn", set()), ("bcq", {"alpha", "shift"}), ("flexround", {"log_scale", "log_s_elem", "log_s_row"})])
+def test_switches_decide_what_is_learned(method, names):
+    layer = random_layer(method, 3, 64)
+    assert {name for name, p in layer.named_parameters() if p.requires_grad} == names
+    assert {name for name, p in random_layer("flexbcq", 3, 64).named_parameters() if p.requires_grad} >= names
+
+
+def test_training_lowers_the_error_of_a_layer_and_flexbcq_ends_lowest():
+    torch.manual_seed(0)
+    weight = torch.randn(64, 128)
+    x = torch.randn(256, 16) @ torch.randn(16, 128) + 0.1 * torch.randn(256, 128)  # correlated, as activations are
+    losses = {}
+    for method in METHODS:
+        layer = FlexBCQLinear(weight, 2, -1, *METHODS[method])
+        parameters = layer.mapping_parameters() + layer.level_parameters()
+        optimizer = torch.optim.Adam(parameters, lr=5e-3) if layer.mapping_parameters() else None
+        for step in range(100 if optimizer else 0):
+            if step % 2 == 0:
+                layer.remap()
+            optimizer.zero_grad()
+            (layer(x) - x @ weight.T).square().mean().backward()
+            optimizer.step()
+        losses[method] = (layer(x) - x @ weight.T).square().mean().item()
+    assert losses["flexbcq"] < losses["bcq"] < losses["rtn"]
+    assert losses["flexbcq"] < losses["flexround"] < losses["rtn"]
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize("n_bits", (0, 9, -1))
+def test_bits_out_of_range_are_refused(n_bits):
+    with pytest.raises(ValueError, match="choose 1 to 8"):
+        FlexBCQLinear(torch.randn(4, 64), n_bits)
+
+
+def test_group_size_that_does_not_divide_lists_those_that_do():
+    with pytest.raises(ValueError, match="in_features 192 .* groups of 128 .*try 32, 64, 96, 192"):
+        FlexBCQLinear(torch.randn(4, 192), 3, 128)
+
+
+def test_nan_is_refused():
+    with pytest.raises(ValueError, match="NaN"):
+        FlexBCQLinear(torch.full((4, 64), torch.nan), 3)

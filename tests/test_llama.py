@@ -1,0 +1,173 @@
+"""The Llama against `transformers`, and the reading of checkpoint folders."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+
+from llama import Checkpoint, KVCache, new_folder, rope_frequencies
+
+SHAPE = {"vocab_size": 300, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "max_position_embeddings": 512}
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+KINDS = {
+    "llama-2": LlamaConfig(num_attention_heads=6, num_key_value_heads=6, **SHAPE),
+    "llama-3": LlamaConfig(num_attention_heads=6, num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 5e5}, **SHAPE),
+    "llama-3.1": LlamaConfig(num_attention_heads=6, num_key_value_heads=2, rope_parameters=LLAMA3_ROPE | {"rope_theta": 5e5}, **SHAPE),
+    "llama-3.2": LlamaConfig(num_attention_heads=6, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True,
+                             rope_parameters=LLAMA3_ROPE | {"factor": 32.0, "rope_theta": 5e5}, **SHAPE),
+    "smollm2": LlamaConfig(num_attention_heads=3, num_key_value_heads=1, tie_word_embeddings=True, rms_norm_eps=1e-5,
+                           rope_parameters={"rope_type": "default", "rope_theta": 1e5}, **SHAPE),
+    "tinyllama": LlamaConfig(num_attention_heads=8, num_key_value_heads=2, rms_norm_eps=1e-5, **SHAPE),
+    "mistral": MistralConfig(num_attention_heads=6, num_key_value_heads=2, sliding_window=None, **SHAPE),
+}  # fmt: skip
+
+
+def oracle(config, folder, **options):
+    """A model of `transformers` with weights ten times the usual, so that attention and RoPE matter, saved to `folder`."""
+    torch.manual_seed(0)
+    config.initializer_range = 0.2
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(folder, **options)
+    return model
+
+
+def relative(ours, expected):
+    return ((ours - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_logits_are_those_of_transformers(kind, tmp_path):
+    expected, ids = oracle(KINDS[kind], tmp_path), torch.randint(300, (2, 300))
+    assert relative(Checkpoint(tmp_path).model()(ids), expected(ids).logits) < 1e-4
+
+
+@torch.inference_mode()
+def test_sharded_folder_loads_like_a_single_file(tmp_path):
+    expected, ids = oracle(KINDS["llama-3"], tmp_path, max_shard_size="100KB"), torch.randint(300, (1, 50))
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert relative(Checkpoint(tmp_path).model()(ids), expected(ids).logits) < 1e-4
+
+
+@pytest.mark.parametrize("old", [{"rope_theta": 5e5, "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items()}}, {"rope_theta": 5e5, "rope_scaling": None}])
+@torch.inference_mode()
+def test_rope_settings_of_older_config_files_are_found(old, tmp_path):
+    scaled = old["rope_scaling"] is not None
+    expected, ids = oracle(KINDS["llama-3.1" if scaled else "llama-3"], tmp_path), torch.randint(300, (1, 300))
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(config | old))
+    assert relative(Checkpoint(tmp_path).model()(ids), expected(ids).logits) < 1e-4
+
+
+@torch.inference_mode()
+def test_cached_steps_give_the_logits_of_one_pass(tmp_path):
+    oracle(KINDS["llama-3.2"], tmp_path)
+    model, ids = Checkpoint(tmp_path).model(), torch.randint(300, (2, 40))
+    caches = [KVCache(model.config, 2, 40, model.model.norm.weight) for _ in model.model.layers]
+    parts = [model(part, caches) for part in ids.split((20, 1, 1, 17, 1), dim=1)]  # one token at a time and several
+    assert relative(torch.cat(parts, 1), model(ids)) < 1e-5
+
+
+def test_generate_continues_as_transformers_does(tmp_path):
+    expected, ids = oracle(KINDS["smollm2"], tmp_path), torch.randint(300, (1, 20))
+    theirs = expected.generate(ids, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(Checkpoint(tmp_path).model().generate(ids, 30), theirs)
+
+
+def test_context_of_mistral_ends_with_its_sliding_window(tmp_path):
+    oracle(MistralConfig(num_attention_heads=6, num_key_value_heads=2, sliding_window=128, **SHAPE), tmp_path)
+    assert Checkpoint(tmp_path).config.max_position_embeddings == 128
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.fixture
+def folder(toy, tmp_path):
+    return shutil.copytree(toy, tmp_path / "copy")
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "qwen2"}, "model_type 'qwen2' is not supported"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method 'gptq'"),
+        ({"hidden_size": 128}, r"has shape \(2048, 64\), config.json says \(2048, 128\)"),
+        ({"vocab_size": None}, "vocab_size"),
+    ],
+)
+def test_configs_that_are_not_ours_are_refused_by_name(changes, message, folder):
+    edit_config(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(folder).model()
+
+
+def test_unknown_rope_is_refused(folder):
+    edit_config(folder, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4})
+    with pytest.raises(ValueError, match="rope_type 'yarn'"):
+        rope_frequencies(Checkpoint(folder).config)
+
+
+def test_missing_folder_says_how_to_download():
+    with pytest.raises(OSError, match="hf download meta-llama/Llama-3.2-1B --local-dir"):
+        Checkpoint("meta-llama/Llama-3.2-1B")
+
+
+def test_folder_without_config_is_refused(tmp_path):
+    with pytest.raises(OSError, match="no config.json"):
+        Checkpoint(tmp_path)
+
+
+def test_truncated_file_is_named(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(OSError, match="model.safetensors: missing or damaged"):
+        Checkpoint(folder)
+
+
+def test_missing_shard_is_named(tmp_path):
+    oracle(KINDS["llama-3"], tmp_path, max_shard_size="100KB")
+    sorted(tmp_path.glob("*.safetensors"))[1].unlink()
+    with pytest.raises(OSError, match="model-00002-of-.*: missing or damaged"):
+        Checkpoint(tmp_path)
+
+
+def test_missing_misshapen_and_infinite_tensors_are_named(folder):
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_tensors(folder, lambda t: t.update({name: t[name].clone().fill_(torch.nan)}))
+    with pytest.raises(ValueError, match=f"{name} contains NaN"):
+        Checkpoint(folder).block(1)
+    edit_tensors(folder, lambda t: t.update({name: torch.zeros(3, 3)}))
+    with pytest.raises(ValueError, match=rf"{name} has shape \(3, 3\), config.json says \(160, 64\)"):
+        Checkpoint(folder).block(1)
+    edit_tensors(folder, lambda t: t.pop(name))
+    with pytest.raises(ValueError, match=f"tensor {name} is in none of the files"):
+        Checkpoint(folder).block(1)
+
+
+def test_new_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "out") as partial:
+        (partial / "file").write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(tmp_path / "out") as partial:
+        (partial / "file").write_text("whole")
+        assert not (tmp_path / "out").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "file").read_text() == "whole"
