@@ -1,0 +1,206 @@
+"""Calibration end to end: the files, their perplexity, determinism, bad input."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_eval import perplexity_by_transformers
+
+from eval import TINY, cut, load_tokenizer, perplexity, read_text, tokenize
+from flexbcq import METHODS
+from kernel import BCQLinear
+from llama import Checkpoint, linears
+
+FEW_STEPS = ["--samples", "8", "--epochs", "2", "--batch-size", "2", "--group-size", "32"]
+
+
+def calibrate(*arguments, **options):
+    return subprocess.run([sys.executable, "calibrate.py", *map(str, arguments)], capture_output=True, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def packed(toy, text, tmp_path_factory):
+    """The toy quantized by each method, and once more by flexbcq as plain weights: {name: folder}."""
+    root, folders = tmp_path_factory.mktemp("packed"), {}
+    for name in [*METHODS, "dequantized"]:
+        folders[name] = root / name
+        method = ["--dequantized"] if name == "dequantized" else ["--method", name]
+        result = calibrate("--model", toy, "--out", folders[name], "--text", text, "--bits", 2, *method, *FEW_STEPS)
+        assert result.returncode == 0, result.stderr
+    return folders
+
+
+@pytest.fixture(scope="module")
+def windows(toy, text):
+    return cut(tokenize(load_tokenizer(toy), read_text(text), "text", 64), 64)
+
+
+def test_in_memory_packed_and_dequantized_models_have_one_perplexity(packed, windows):
+    streamed = perplexity(Checkpoint(packed["flexbcq"]), windows)
+    model = Checkpoint(packed["flexbcq"]).model()
+    with torch.inference_mode():
+        losses = [torch.nn.functional.cross_entropy(model(w[None])[0, :-1], w[1:]) for w in windows]
+    assert streamed == pytest.approx(torch.stack(losses).mean().exp().item(), rel=1e-5)
+    assert streamed == pytest.approx(perplexity_by_transformers(packed["dequantized"], windows), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_folder_holds_planes_for_every_linear_and_the_rest_untouched(method, packed, toy):
+    source, checkpoint = load_file(toy / "model.safetensors"), Checkpoint(packed[method])
+    block = checkpoint.block(0)
+    assert not linears(block) and sum(isinstance(m, BCQLinear) for m in block.modules()) == 7
+    stored = {}
+    for shard in packed[method].glob("*.safetensors"):
+        stored |= load_file(shard)
+    for name, tensor in source.items():
+        if "_proj" in name:
+            assert name not in stored
+            assert stored[name.replace("weight", "alpha")].dtype == torch.float16
+        else:
+            assert torch.equal(stored[name], tensor) and stored[name].dtype == torch.bfloat16
+    config = json.loads((packed[method] / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["bits"], config["group_size"], config["method"], config["seed"]) == ("flexbcq", 2, 32, method, 0)
+
+
+def test_report_holds_losses_perplexities_and_a_plot(packed, toy, text):
+    report = json.loads((packed["flexbcq"] / "calibration.json").read_text())
+    assert len(report["blocks"]) == 2 and set(report["perplexity"]) == {"original", "rtn", "flexbcq"}
+    assert report["bits_per_weight"] == 2 + 16 * 3 / 32
+    assert all(b["loss_after"] < b["loss_before"] for b in report["blocks"])
+    assert (packed["flexbcq"] / "calibration.png").read_bytes().startswith(b"\x89PNG")
+    held_out = read_text(text)[len(read_text(text)) * 9 // 10 :]
+    windows = cut(tokenize(load_tokenizer(toy), held_out, "text", 64), 64)
+    for name, folder in (("original", toy), ("flexbcq", packed["flexbcq"]), ("rtn", packed["rtn"])):
+        assert report["perplexity"][name] == pytest.approx(perplexity(Checkpoint(folder), windows), rel=1e-6)
+
+
+def test_same_seed_same_bytes_and_another_seed_other_bytes(packed, toy, text, tmp_path):
+    for name, seed in (("same", 0), ("other", 1)):
+        calibrate("--model", toy, "--out", tmp_path / name, "--text", text, "--bits", 2, "--seed", seed, *FEW_STEPS)
+    shards = sorted(p.name for p in packed["flexbcq"].glob("*.safetensors"))
+    for shard in shards:
+        assert (tmp_path / "same" / shard).read_bytes() == (packed["flexbcq"] / shard).read_bytes()
+    assert (tmp_path / "other" / shards[0]).read_bytes() != (packed["flexbcq"] / shards[0]).read_bytes()
+
+
+def test_evaluation_text_is_never_calibrated_on(toy, tmp_path):
+    """Only the last tenth differs between two texts: the files are the same, the perplexities are not."""
+    folders = []
+    for i, ending in enumerate(("alpha beta gamma ", "one two three four ")):
+        text = tmp_path / f"{i}.txt"
+        text.write_text("for x in range(10): print(x)\n" * 300 + (ending * 100)[:900])
+        folders.append(tmp_path / f"out{i}")
+        assert calibrate("--model", toy, "--out", folders[i], "--text", text, *FEW_STEPS).returncode == 0
+    reports = [json.loads((f / "calibration.json").read_text()) for f in folders]
+    assert reports[0]["perplexity"] != reports[1]["perplexity"] and reports[0]["settings"] == reports[1]["settings"]
+    shard = "model-00001-of-00003.safetensors"
+    assert (folders[0] / shard).read_bytes() == (folders[1] / shard).read_bytes()
+
+
+def test_bundled_model_is_hurt_by_rtn_and_helped_by_flexbcq(tmp_path):
+    """The README's main command with few steps, at 2 bits."""
+    result = calibrate("--out", tmp_path / "out", "--bits", 2, "--samples", 16, "--epochs", 4)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "out" / "calibration.json").read_text())["perplexity"]
+    assert found["original"] < 20
+    assert found["rtn"] > 2 * found["original"]
+    assert found["flexbcq"] < 0.5 * found["rtn"]
+    for word in ("original", "rtn, 2 bits", "flexbcq, 2 bits", "bits per weight", "seconds"):
+        assert word in result.stdout
+    assert "block 6/6" in result.stderr and "->" in result.stderr and "min left" in result.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+def spoil_nan(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, folder / "model.safetensors")
+
+
+def spoil_truncate(folder):
+    os.truncate(folder / "model.safetensors", 1000)
+
+
+BAD = {
+    "unknown option": (["--bit", "x"], None, "invalid int value"),
+    "unknown method": (["--method", "magic"], None, "invalid choice: 'magic'"),
+    "no such model": (["--model", "meta-llama/Nope"], None, "hf download meta-llama/Nope"),
+    "9 bits": (["--bits", "9"], None, "9 bits: choose 1 to 8"),
+    "0 bits": (["--bits", "0"], None, "0 bits: choose 1 to 8"),
+    "group size": (["--group-size", "48"], None, "model.layers.0.self_attn.q_proj: in_features 64 cannot be cut into groups of 48 (try 32, 64"),
+    "group size for some layers": (["--group-size", "64"], None, "mlp.down_proj: in_features 160 cannot be cut into groups of 64 (try 32, 160"),
+    "long sequence": (["--seq-len", "100"], None, "--seq-len 100: choose 2 to 64"),
+    "no samples": (["--samples", "0"], None, "--samples 0: must be at least 1"),
+    "no epochs": (["--epochs", "-1"], None, "--epochs -1: must be at least 1"),
+    "device": (["--device", "abacus"], None, "--device abacus: not usable"),
+    "no text": (["--text", "nowhere.txt"], None, "nowhere.txt: cannot read"),
+    "no evaluation text": (["--eval-text", "nowhere.txt"], None, "nowhere.txt: cannot read"),
+    "no config": ([], lambda f: (f / "config.json").unlink(), "no config.json in this folder"),
+    "broken config": ([], lambda f: (f / "config.json").write_text("{"), "config.json: "),
+    "no tokenizer": ([], lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: missing or damaged"),
+    "no weights": ([], lambda f: (f / "model.safetensors").unlink(), "no model.safetensors.index.json"),
+    "truncated weights": ([], spoil_truncate, "model.safetensors: missing or damaged"),
+    "NaN in a weight": ([], spoil_nan, "model.layers.1.mlp.up_proj.weight contains NaN"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line_and_exit_code_2_and_leaves_nothing(case, toy, text, tmp_path):
+    options, spoil, message = BAD[case]
+    model = shutil.copytree(toy, tmp_path / "model")
+    if spoil:
+        spoil(model)
+    result = calibrate("--model", model, "--text", text, "--out", tmp_path / "out", *FEW_STEPS, *options)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert message in result.stderr.strip().splitlines()[-1]
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_output_folder_in_use_is_refused_and_left_alone(toy, text, tmp_path):
+    (tmp_path / "precious").write_text("data")
+    result = calibrate("--model", toy, "--text", text, "--out", tmp_path, *FEW_STEPS)
+    assert result.returncode == 2 and "exists and is not empty" in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["precious"]
+
+
+def test_quantized_model_is_refused(packed, text, tmp_path):
+    result = calibrate("--model", packed["rtn"], "--text", text, "--out", tmp_path / "out")
+    assert result.returncode == 2 and "is quantized already" in result.stderr
+
+
+def test_full_disk_gets_one_line_and_leaves_nothing(toy, text, tmp_path):
+    """No file may grow beyond 10 kB: writing the first shard fails as on a full disk."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))  # noqa: E731
+    result = calibrate("--model", toy, "--text", text, "--out", tmp_path / "out", *FEW_STEPS, preexec_fn=limit)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "could not write model-00001-of-00003.safetensors" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_loss_that_is_not_finite_names_the_block(toy, text, tmp_path):
+    model = shutil.copytree(toy, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.input_layernorm.weight"].fill_(1e38)
+    save_file(tensors, model / "model.safetensors")
+    result = calibrate("--model", model, "--text", text, "--out", tmp_path / "out", *FEW_STEPS)
+    assert result.returncode == 2 and "model.layers.0: the loss is" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_interrupt_ends_with_one_line_and_leaves_nothing(toy, text, tmp_path):
+    command = [sys.executable, "calibrate.py", "--model", toy, "--text", text, "--out", tmp_path / "out", "--samples", "64", "--epochs", "1000"]
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if "loss" in line:  # training has begun
+                break
+        process.send_signal(2)
+        rest = process.stderr.read()
+    assert process.returncode == 130 and rest.strip().splitlines()[-1] == "error: interrupted" and "Traceback" not in rest
+    assert list(tmp_path.iterdir()) == []
