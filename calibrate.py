@@ -4,8 +4,8 @@
     python calibrate.py --model FOLDER --text wiki.train.raw --eval-text wiki.test.raw --bits 3 --group-size 128
 
 For each decoder block, first to last: initialize its quantizers; train them so that the block, fed with what the
-quantized blocks before it produce, returns what the original model returns there; pack it; go on. (Paper, section 4;
-the block-wise scheme is that of Li et al. 2021, mixing in full-precision inputs is QDrop, Wei et al. 2022.)
+quantized blocks before it produce, returns what the original model returns there; pack it; write it; go on. (Block by
+block as in BRECQ, Li et al. 2021; mixing in inputs of the original model as in QDrop, Wei et al. 2022.)
 
 In memory are the embedding, one block with its quantizers, and three sets of activations (samples, seq_len,
 hidden_size) in float32 on the CPU: inputs on the original path, inputs on the quantized path, targets.
@@ -16,6 +16,7 @@ import json
 import math
 import platform
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -24,158 +25,156 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from eval import STANDARD_LIBRARY, TINY, batches, check_device, cut, default_device, guarded, load_tokenizer
-from eval import perplexity, read_text, resolve_seq_len, standard_library_text, tokenize
+from eval import TINY, batches, check_device, cut, default_device, guarded
+from eval import load_text, load_tokenizer, perplexity, resolve_seq_len, tokenize
 from flexbcq import METHODS, FlexBCQLinear
 from kernel import BCQLinear
-from llama import Block, Checkpoint, linears, new_folder, rope_tables, write_config, write_index, write_shard
-
-MAPPING_RATE, LEVEL_RATE = 5e-3, 5e-4  # learning rates at the start, for the factors s and for alpha and shift
-PERIOD = 2  # steps between mappings
-ORIGINAL_INPUT = 0.5  # share of input elements taken from the original path
+from llama import Block, Checkpoint, linears, new_folder, rope_tables, write_config, write_index, write_tensors
 
 
-def quantize_layers(block: Block, checkpoint: Checkpoint, i: int, args: argparse.Namespace, method: str, bar=None) -> dict[str, FlexBCQLinear]:
-    """Swap every linear layer of block i for an initialized quantizer of the weight as it is stored in the file."""
-    layers = {}
+@dataclass
+class Training:
+    """How the quantizers of a block are trained; the defaults are the paper's."""
+
+    epochs: int = 20  # passes over the samples
+    batch_size: int = 1  # sequences in a step
+    seed: int = 0  # of samples, order and mixing
+    mapping_rate: float = 5e-3  # learning rate of scale, s_elem and s_row, falling to 0 as a cosine
+    level_rate: float = 5e-4  # learning rate of alpha and shift, likewise
+    period: int = 2  # steps from one mapping to the next
+    original_input: float = 0.5  # share of input elements that come from the original model
+
+
+QUICK = {"epochs": 6, "batch_size": 4}  # for the bundled model: three minutes on two CPU cores
+
+
+def quantize_layers(checkpoint: Checkpoint, block: Block, i: int, method: str, n_bits: int, group_size: int):
+    """Swap every linear layer of block i for a quantizer of the weight as it is stored. Yields (name, quantizer)."""
     for name, linear in linears(block).items():
-        full_name = f"model.layers.{i}.{name}.weight"
-        weight = checkpoint.tensor(full_name, linear.weight.shape).to(linear.weight.device)
-        layers[name] = FlexBCQLinear(weight, args.bits, args.group_size, *METHODS[method])
-        block.set_submodule(name, layers[name])
-        if bar is not None:
-            bar.update()
-    return layers
+        weight = checkpoint.tensor(f"model.layers.{i}.{name}.weight", linear.weight.shape).to(linear.weight.device)
+        quantizer = FlexBCQLinear(weight, n_bits, group_size, *METHODS[method])
+        block.set_submodule(name, quantizer)
+        yield name, quantizer
 
 
-def pack_layers(block: Block, layers: dict[str, FlexBCQLinear]) -> dict[str, BCQLinear]:
+def pack_layers(block: Block, quantizers: dict[str, FlexBCQLinear]) -> dict[str, BCQLinear]:
     """Swap every quantizer for its bit-planes: from here on the numbers are those of the file."""
-    packed = {name: layer.pack() for name, layer in layers.items()}
+    packed = {name: quantizer.pack() for name, quantizer in quantizers.items()}
     for name, layer in packed.items():
         block.set_submodule(name, layer)
     return packed
 
 
 @torch.inference_mode()
-def block_outputs(block: Block, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+def block_outputs(block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x: (samples, seq_len, hidden_size) on the CPU -> the block's output, likewise."""
-    device = tables[0].device
-    return torch.cat([block(part.to(device), *tables).cpu() for part in batches(x)])
+    return torch.cat([block(part.to(cos.device), cos, sin).cpu() for part in batches(x)])
 
 
-def train_block(block, layers, original, quantized, target, tables, args, generator, bar) -> None:
+def train_block(
+    block: Block, quantizers: list[FlexBCQLinear], inputs: tuple[Tensor, Tensor], target: Tensor,
+    rope: tuple[Tensor, Tensor], settings: Training, generator: torch.Generator, advance=lambda: None,
+) -> None:  # fmt: skip
     """Adam on the mean squared error of the block's output; changes the quantizers in place.
 
-    original, quantized, target: (samples, seq_len, hidden_size) on the CPU; generator draws order and mixing;
-    bar advances by one a step. Raises ValueError if the loss is not finite."""
-    device = tables[0].device
-    optimizer = torch.optim.Adam(
-        [
-            {"params": [p for layer in layers.values() for p in layer.mapping_parameters()], "lr": MAPPING_RATE},
-            {"params": [p for layer in layers.values() for p in layer.level_parameters()], "lr": LEVEL_RATE},
-        ],
-        fused=True,
-    )
-    order = [part for _ in range(args.epochs) for part in torch.randperm(len(target), generator=generator).split(args.batch_size)]
+    inputs: from the original and from the quantized blocks before; they and target: (samples, seq_len, hidden_size)
+    rope: cos and sin, on the device of the block; generator: draws order and mixing; advance: called after each step
+    Raises ValueError if the loss is not finite."""
+    levels = {"params": [p for q in quantizers for p in q.level_parameters()], "lr": settings.level_rate}
+    mapping = {"params": [p for q in quantizers for p in q.mapping_parameters()], "lr": settings.mapping_rate}
+    optimizer = torch.optim.Adam([mapping, levels], fused=True)
+    epochs = [torch.randperm(len(target), generator=generator) for _ in range(settings.epochs)]
+    order = [chosen for epoch in epochs for chosen in epoch.split(settings.batch_size)]
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(order))
     for step, chosen in enumerate(order):
-        if step and step % PERIOD == 0:
-            for layer in layers.values():
-                layer.remap()
-        from_original = torch.rand(quantized[chosen].shape, generator=generator) < ORIGINAL_INPUT
-        x = torch.where(from_original, original[chosen], quantized[chosen])
-        loss = F.mse_loss(block(x.to(device), *tables), target[chosen].to(device))
+        if step and step % settings.period == 0:
+            for quantizer in quantizers:
+                quantizer.remap()
+        original, quantized = (x[chosen] for x in inputs)
+        mixed = torch.where(
+            torch.rand(original.shape, generator=generator) < settings.original_input, original, quantized
+        )
+        loss = F.mse_loss(block(mixed.to(rope[0].device), *rope), target[chosen].to(rope[0].device))
         if not math.isfinite(loss.item()):
             raise ValueError(f"the loss is {loss.item()} at step {step}")
-        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad()
         schedule.step()
+        advance()
+
+
+def quantize_block(checkpoint, i, inputs, rope, args, settings, bar) -> tuple[dict[str, BCQLinear], tuple, dict]:
+    """Block i from float to bit-planes. Returns its packed layers, the inputs of the next block and its record."""
+    start, (original, quantized) = time.time(), inputs
+    block = checkpoint.block(i, device=args.device)
+    target = block_outputs(block, original, *rope)
+    quantizers = {}
+    for name, quantizer in quantize_layers(checkpoint, block, i, args.method, args.bits, args.group_size):
+        quantizers[name] = quantizer
         bar.update()
-
-
-def quantize_block(checkpoint: Checkpoint, i: int, original: Tensor, quantized: Tensor, tables, args, bar) -> tuple[Block, Tensor, Tensor, dict]:
-    """One block from float to bit-planes. Returns it, its two outputs and its record for calibration.json."""
-    start = time.time()
-    block = checkpoint.block(i, device=tables[0].device)
-    target = block_outputs(block, original, tables)
-    layers = quantize_layers(block, checkpoint, i, args, args.method, bar)
-    before = F.mse_loss(block_outputs(block, quantized, tables), target).item()
+    before = F.mse_loss(block_outputs(block, quantized, *rope), target).item()
     bar.set_postfix_str(f"loss {before:.3e}")
-    if args.trained:
-        generator = torch.Generator().manual_seed(args.seed * 100_003 + i)
-        train_block(block, layers, original, quantized, target, tables, args, generator, bar)
-    pack_layers(block, layers)
-    output = block_outputs(block, quantized, tables)
-    after = F.mse_loss(output, target).item()
-    return block, target, output, {"loss_before": before, "loss_after": after, "seconds": round(time.time() - start, 1)}
+    if is_trained(args.method):
+        generator = torch.Generator().manual_seed(settings.seed * 100_003 + i)
+        train_block(block, list(quantizers.values()), inputs, target, rope, settings, generator, bar.update)
+    packed = pack_layers(block, quantizers)
+    output = block_outputs(block, quantized, *rope)
+    record = {"loss_before": before, "loss_after": F.mse_loss(output, target).item(), "seconds": time.time() - start}
+    return packed, (target, output), record
 
 
-def save_block(block: Block, checkpoint: Checkpoint, i: int, folder: Path, dequantized: bool) -> None:
-    """Write block i as one shard: bit-planes (or the weights they stand for) and everything else as it was."""
-    prefix, tensors = f"model.layers.{i}.", {}
-    for name, module in block.named_modules():
-        if isinstance(module, BCQLinear) and dequantized:
-            dtype = checkpoint.tensor(f"{prefix}{name}.weight", (module.out_features, module.in_features)).dtype
-            tensors[f"{prefix}{name}.weight"] = module.dequantize(dtype)
-        elif isinstance(module, BCQLinear):
-            tensors |= {f"{prefix}{name}.{key}": t for key, t in module.state_dict().items()}
-        else:
-            names = (f"{name}.{key}" for key, _ in module.named_parameters(recurse=False))
-            tensors |= {prefix + n: checkpoint.tensor(prefix + n, block.get_parameter(n).shape) for n in names}
-    write_shard(folder, i, checkpoint.config.num_hidden_layers + 1, tensors)
+def is_trained(method: str) -> bool:
+    """A learned mapping needs gradients; rtn and bcq look at the weights alone."""
+    return METHODS[method][0]
 
 
-def save_rest(checkpoint: Checkpoint, folder: Path, args: argparse.Namespace) -> None:
-    """Embedding, norm and head as they were, the index of all shards, config.json and the tokenizer."""
-    config = checkpoint.config
-    shapes = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size), "model.norm.weight": (config.hidden_size,)}
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
-    rest = {name: checkpoint.tensor(name, shape) for name, shape in shapes.items()}
-    write_shard(folder, config.num_hidden_layers, config.num_hidden_layers + 1, rest)
-    write_index(folder)
-    raw = dict(checkpoint.raw_config)
-    if not args.dequantized:
-        raw["quantization_config"] = {"quant_method": "flexbcq"} | settings(args)
-    write_config(folder, raw, checkpoint.folder)
-
-
-def settings(args: argparse.Namespace) -> dict:
-    """Everything that decided the result, for config.json and calibration.json."""
-    names = ("bits", "group_size", "method", "samples", "seq_len", "epochs", "batch_size", "seed")
-    constants = {"mapping_rate": MAPPING_RATE, "level_rate": LEVEL_RATE, "period": PERIOD, "original_input": ORIGINAL_INPUT}
-    versions = {"torch_version": torch.__version__, "python_version": platform.python_version()}
-    return {name: getattr(args, name) for name in names} | constants | versions
-
-
-def calibrate(checkpoint: Checkpoint, ids: Tensor, args: argparse.Namespace, folder: Path) -> list[dict]:
+def calibrate(checkpoint: Checkpoint, ids: Tensor, args, settings: Training, folder: Path) -> list[dict]:
     """Quantize every block, in order, and write it to `folder`. ids: (samples, seq_len). Returns a record per block."""
-    tables = rope_tables(checkpoint.config, ids.shape[1], args.device)
+    rope = rope_tables(checkpoint.config, ids.shape[1], args.device)
     n_blocks, records, start = checkpoint.config.num_hidden_layers, [], time.time()
-    original = quantized = checkpoint.embedding()(ids)  # (samples, seq_len, hidden_size)
-    n_steps = args.epochs * math.ceil(len(ids) / args.batch_size) if args.trained else 0
+    x = checkpoint.embedding()(ids)  # (samples, seq_len, hidden_size)
+    inputs = x, x
+    n_steps = settings.epochs * math.ceil(len(ids) / settings.batch_size) if is_trained(args.method) else 0
     for i in range(n_blocks):
         with tqdm(total=7 + n_steps, desc=f"block {i + 1}/{n_blocks}", unit="step") as bar:  # 7 linears to initialize
             try:
-                block, original, quantized, record = quantize_block(checkpoint, i, original, quantized, tables, args, bar)
+                packed, inputs, record = quantize_block(checkpoint, i, inputs, rope, args, settings, bar)
             except ValueError as error:
                 raise ValueError(f"model.layers.{i}: {error}") from None
-            left = (time.time() - start) / (i + 1) * (n_blocks - i - 1)
-            bar.set_postfix_str(f"loss {record['loss_before']:.3e} -> {record['loss_after']:.3e}, {left / 60:.1f} min left")
+            left = (time.time() - start) / (i + 1) * (n_blocks - i - 1) / 60
+            bar.set_postfix_str(
+                "loss {loss_before:.3e} -> {loss_after:.3e}".format(**record) + f", {left:.1f} min left"
+            )
         records.append(record)
-        save_block(block, checkpoint, i, folder, args.dequantized)
+        prefix = f"model.layers.{i}."
+        tensors = checkpoint.tensors(prefix)
+        for name, layer in packed.items():
+            weight = tensors.pop(f"{prefix}{name}.weight")
+            stored = {"weight": layer.dequantize(weight.dtype)} if args.dequantized else layer.state_dict()
+            tensors |= {f"{prefix}{name}.{key}": t for key, t in stored.items()}
+        write_tensors(folder / f"model-{i + 1:05d}-of-{n_blocks + 1:05d}.safetensors", tensors)
     return records
 
 
-def check_layers(checkpoint: Checkpoint, args: argparse.Namespace) -> float:
-    """Stored bits per quantized weight, alpha and shift counted. Raises ValueError naming the layer that does not fit."""
+def write_rest(checkpoint: Checkpoint, folder: Path, quantization: dict | None) -> None:
+    """Embedding, norm and head as they were, the index of all shards, config.json and the tokenizer."""
+    rest = {name: t for name, t in checkpoint.tensors("").items() if not name.startswith("model.layers.")}
+    n_shards = checkpoint.config.num_hidden_layers + 1
+    write_tensors(folder / f"model-{n_shards:05d}-of-{n_shards:05d}.safetensors", rest)
+    write_index(folder)
+    config = checkpoint.raw_config | ({"quantization_config": quantization} if quantization else {})
+    write_config(folder, config, checkpoint.folder)
+
+
+def check_layers(checkpoint: Checkpoint, n_bits: int, group_size: int) -> float:
+    """Stored bits per quantized weight, alpha and shift counted. Raises ValueError naming a layer that does not fit."""
     with torch.device("meta"):
         block = Block(checkpoint.config)
     stored = weights = 0
     for name, linear in linears(block).items():
         try:
-            packed = BCQLinear(linear.in_features, linear.out_features, args.bits, args.group_size)
+            packed = BCQLinear(linear.in_features, linear.out_features, n_bits, group_size)
         except ValueError as error:
             raise ValueError(f"model.layers.0.{name}: {error}") from None
         stored += sum(8 * t.numel() * t.element_size() for t in packed.state_dict().values())
@@ -186,44 +185,48 @@ def check_layers(checkpoint: Checkpoint, args: argparse.Namespace) -> float:
 def load_texts(checkpoint: Checkpoint, args: argparse.Namespace) -> tuple[Tensor, Tensor, str]:
     """Calibration samples (samples, seq_len), evaluation windows (n_windows, seq_len) and the name of their text.
 
-    Samples start at random places. Without --eval-text the last tenth of --text is kept for evaluation."""
-    tokenizer = load_tokenizer(checkpoint.folder)
-    text, name = (read_text(args.text), Path(args.text).name) if args.text else (standard_library_text(False), STANDARD_LIBRARY)
-    if args.eval_text:
-        eval_text, eval_name = read_text(args.eval_text), Path(args.eval_text).name
-    elif args.text:
+    Samples start at random places. Without --eval-text the last tenth of --text is kept for evaluation; of the
+    standard library it is every sixth window of the held-out files."""
+    tokenizer, every = load_tokenizer(checkpoint.folder), 1
+    text, name = load_text(args.text, held_out=False)
+    if args.text and not args.eval_text:
         split = len(text) * 9 // 10
         text, eval_text, eval_name = text[:split], text[split:], f"last tenth of {name}"
     else:
-        eval_text, eval_name = standard_library_text(held_out=True), name
+        eval_text, eval_name = load_text(args.eval_text, held_out=True)
+        every = 1 if args.eval_text else 6
     ids = tokenize(tokenizer, text, name, args.seq_len)
     generator = torch.Generator().manual_seed(args.seed)
     starts = torch.randint(len(ids) - args.seq_len + 1, (args.samples,), generator=generator).tolist()
     samples = torch.stack([ids[start : start + args.seq_len] for start in starts])
-    return samples, cut(tokenize(tokenizer, eval_text, eval_name, args.seq_len), args.seq_len), eval_name
+    return samples, cut(tokenize(tokenizer, eval_text, eval_name, args.seq_len), args.seq_len)[::every], eval_name
 
 
-def plot(records: list[dict], args: argparse.Namespace, path: Path) -> None:
+def plot(records: list[dict], title: str, path: Path) -> None:
     """Loss of each block before and after training."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    blocks = range(len(records))
+    blocks = range(1, len(records) + 1)
     axes.semilogy(blocks, [r["loss_before"] for r in records], "o--", color="#D55E00", label="before training")
     axes.semilogy(blocks, [r["loss_after"] for r in records], "s-", color="#0072B2", label="as written")
-    axes.set(xlabel="block", ylabel="mean squared error of the output", title=f"{args.method}, {args.bits} bits")
+    axes.set(xlabel="block", ylabel="mean squared error of the block's output", title=title)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
 
-def size_mb(folder: Path) -> float:
-    """Size of all weight files of a checkpoint folder, in MB."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
+def print_table(perplexities: dict[str, float], n_bits: int, bits: float, source: Path, folder: Path) -> None:
+    """A line per model: perplexity, stored bits per quantized weight, size of the weight files."""
+    before, after = (sum(f.stat().st_size for f in path.glob("*.safetensors")) / 1e6 for path in (source, folder))
+    print(f"\n{'':20}{'perplexity':>12}{'bits per weight':>18}{'files':>12}")
+    for name, value in perplexities.items():
+        label, stored, size = (name, 16, before) if name == "original" else (f"{name}, {n_bits} bits", bits, after)
+        print(f"{label:20}{value:12.3f}{stored:18.3f}{size:9.1f} MB")
 
 
-def prepare(args: argparse.Namespace) -> Checkpoint:
-    """Check everything that can be checked before the work starts and fill in the defaults that depend on the model."""
+def prepare(args: argparse.Namespace) -> tuple[Checkpoint, Training]:
+    """Check the options and fill in the defaults that depend on the model. Raises ValueError or OSError."""
     args.device = check_device(args.device)
     checkpoint = Checkpoint(args.model)
     if checkpoint.config.quantization:
@@ -231,64 +234,66 @@ def prepare(args: argparse.Namespace) -> Checkpoint:
     args.out = Path(args.out or f"{checkpoint.folder.resolve().name}-{args.method}-{args.bits}bit")
     if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
         raise OSError(f"--out {args.out}: exists and is not empty; delete it or choose another folder")
-    args.epochs, args.batch_size = (
-        (args.epochs or 6, args.batch_size or 4) if checkpoint.folder.resolve() == TINY else (args.epochs or 20, args.batch_size or 1)
-    )
-    for name in ("samples", "epochs", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     args.seq_len = resolve_seq_len(args.seq_len, checkpoint)
-    args.trained = METHODS[args.method][0]  # a learned mapping needs gradients; rtn and bcq look at the weights alone
-    return checkpoint
+    settings = Training(seed=args.seed, **(QUICK if checkpoint.folder.resolve() == TINY else {}))
+    settings.epochs = settings.epochs if args.epochs is None else args.epochs
+    settings.batch_size = settings.batch_size if args.batch_size is None else args.batch_size
+    for option, value in (("samples", args.samples), ("epochs", settings.epochs), ("batch-size", settings.batch_size)):
+        if value < 1:
+            raise ValueError(f"--{option} {value}: must be at least 1")
+    return checkpoint, settings
 
 
 def run(args: argparse.Namespace) -> None:
-    start, checkpoint = time.time(), prepare(args)
-    bits = check_layers(checkpoint, args)
+    start, (checkpoint, settings) = time.time(), prepare(args)
+    bits = check_layers(checkpoint, args.bits, args.group_size)
     samples, windows, eval_name = load_texts(checkpoint, args)
 
     def round_to_nearest(block: Block, i: int) -> None:
-        pack_layers(block, quantize_layers(block, checkpoint, i, args, "rtn"))
+        pack_layers(block, dict(quantize_layers(checkpoint, block, i, "rtn", args.bits, args.group_size)))
 
-    results = {"original": perplexity(checkpoint, windows, args.device, label="original")}
+    perplexities = {"original": perplexity(checkpoint, windows, args.device, label="original")}
     if args.method != "rtn":
-        results["rtn"] = perplexity(checkpoint, windows, args.device, round_to_nearest, "rtn")
+        perplexities["rtn"] = perplexity(checkpoint, windows, args.device, round_to_nearest, "rtn")
+    chosen = {key: getattr(args, key) for key in ("method", "bits", "group_size", "samples", "seq_len")}
+    chosen |= asdict(settings) | {"torch": torch.__version__, "python": platform.python_version()}
     with new_folder(args.out) as folder:
-        records = calibrate(checkpoint, samples, args, folder)
-        save_rest(checkpoint, folder, args)
-        results[args.method] = perplexity(Checkpoint(folder), windows, args.device, label=args.method)  # of the files
-        seconds = round(time.time() - start, 1)
-        report = {"settings": settings(args), "bits_per_weight": bits, "perplexity": results, "seconds": seconds, "blocks": records}
-        (folder / "calibration.json").write_text(json.dumps(report | {"text": eval_name}, indent=2) + "\n", "utf-8")
-        plot(records, args, folder / "calibration.png")
-
-    before, after = size_mb(checkpoint.folder), size_mb(args.out)
-    print(f"\n{'':20}{'perplexity':>12}{'bits per weight':>18}{'files':>12}")
-    for name, value in results.items():
-        label, numbers = (name, (16, before)) if name == "original" else (f"{name}, {args.bits} bits", (bits, after))
-        print(f"{label:20}{value:12.3f}{numbers[0]:18.3f}{numbers[1]:9.1f} MB")
+        records = calibrate(checkpoint, samples, args, settings, folder)
+        write_rest(checkpoint, folder, None if args.dequantized else {"quant_method": "flexbcq"} | chosen)
+        perplexities[args.method] = perplexity(Checkpoint(folder), windows, args.device, label=args.method)  # the files
+        seconds = time.time() - start
+        report = {"settings": chosen, "text": eval_name, "perplexity": perplexities, "bits_per_weight": bits}
+        report |= {"seconds": seconds, "blocks": records}
+        (folder / "calibration.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+        plot(records, f"{args.method}, {args.bits} bits", folder / "calibration.png")
+    print_table(perplexities, args.bits, bits, checkpoint.folder, args.out)
     print(f"{eval_name}, seq_len {args.seq_len}, {len(windows)} windows; {seconds:.0f} seconds; wrote {args.out}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Quantize a Llama (a Hugging Face folder) and write it as a packed checkpoint folder.",
-        epilog="Defaults are the paper's setting, within the model's context; for the bundled model, one of three minutes.",
+        epilog="The defaults are the paper's setting; for the bundled model, one that takes three minutes.",
     )
-    parser.add_argument("--model", default=TINY, help="checkpoint folder (default: the bundled models/tiny)")
-    parser.add_argument("--out", help="new folder to write (default: MODEL-METHOD-BITSbit in the current one)")
-    parser.add_argument("--method", choices=METHODS, default="flexbcq", help="(default: %(default)s)")
-    parser.add_argument("--bits", type=int, default=3, help="bit-planes per weight, 1 to 8 (default: %(default)s)")
-    parser.add_argument("--group-size", type=int, default=-1, help="weights sharing alpha and shift, a multiple of 32; -1: a row (default: %(default)s)")
-    parser.add_argument("--text", help=f"UTF-8 file to calibrate on (default: {STANDARD_LIBRARY})")
-    parser.add_argument("--eval-text", help="UTF-8 file for perplexity (default: the last tenth of --text, then not calibrated on)")
-    parser.add_argument("--samples", type=int, default=128, help="calibration sequences (default: %(default)s)")
-    parser.add_argument("--seq-len", type=int, help="tokens in each (default: 2048, or the model's context if smaller)")
-    parser.add_argument("--epochs", type=int, help="passes over the samples for each block (default: 20; bundled model: 6)")
-    parser.add_argument("--batch-size", type=int, help="sequences a step (default: 1; bundled model: 4)")
-    parser.add_argument("--seed", type=int, default=0, help="of samples, their order and mixing (default: %(default)s)")
-    parser.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (default: %(default)s)")
-    parser.add_argument("--dequantized", action="store_true", help="write ordinary weights, rounded to what the planes hold, for other software")
+    add, paper = parser.add_argument, Training()
+    add("--model", default=TINY, help="checkpoint folder (default: the bundled models/tiny)")
+    add("--out", help="new folder to write (default: MODEL-METHOD-BITSbit in the current one)")
+    add("--method", choices=METHODS, default="flexbcq", help="(default: %(default)s)")
+    add("--bits", type=int, default=3, help="bit-planes per weight, 1 to 8 (default: %(default)s)")
+    add("--group-size", type=int, default=-1, help="weights sharing alpha and shift, a multiple of 32; -1: the row "
+        "(default: %(default)s)")  # fmt: skip
+    add("--text", help="UTF-8 file to calibrate on (default: the Python standard library)")
+    add("--eval-text", help="UTF-8 file for perplexity (default: the last tenth of --text, then not calibrated on)")
+    add("--samples", type=int, default=128, help="calibration sequences (default: %(default)s)")
+    add("--seq-len", type=int, help="tokens in each (default: 2048, or the model's context if smaller)")
+    add("--epochs", type=int, help=f"passes over the samples (default: {paper.epochs}; bundled: {QUICK['epochs']})")
+    add(
+        "--batch-size", type=int, help=f"sequences a step (default: {paper.batch_size}; bundled: {QUICK['batch_size']})"
+    )
+    add("--seed", type=int, default=0, help="of samples, their order and mixing (default: %(default)s)")
+    add("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+    add("--dequantized", action="store_true", help="write ordinary weights, rounded to what the planes hold, "
+        "for other software")  # fmt: skip
     guarded(run, parser)
 
 

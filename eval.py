@@ -27,7 +27,6 @@ from tqdm import tqdm
 from llama import Block, Checkpoint, rope_tables
 
 TINY = Path(__file__).parent / "models" / "tiny"
-STANDARD_LIBRARY = "the Python standard library"  # the text when no file is given
 
 
 def standard_library_text(held_out: bool) -> str:
@@ -52,20 +51,27 @@ def read_text(path: str | Path) -> str:
     return text
 
 
+def load_text(path: str | None, held_out: bool) -> tuple[str, str]:
+    """A text and its name: the file, or the standard library's training or held-out files if `path` is None."""
+    if path is not None:
+        return read_text(path), Path(path).name
+    return standard_library_text(held_out), "Python standard library" + (", held-out files" if held_out else "")
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """`tokenizer.json` of a checkpoint folder."""
     path = folder / "tokenizer.json"
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path}: missing or damaged ({error}); a folder with tokenizer.json is needed") from None
+        raise ValueError(f"{path}: missing or damaged ({error})") from None
 
 
 def tokenize(tokenizer: Tokenizer, text: str, name: str, seq_len: int) -> Tensor:
     """(n_tokens,) int64, at least one window. Raises ValueError naming the text if it is shorter."""
     ids = torch.tensor(tokenizer.encode(text).ids)
     if len(ids) < seq_len:
-        raise ValueError(f"{name}: {len(ids)} tokens are less than one window of {seq_len}; give a longer text or a smaller --seq-len")
+        raise ValueError(f"{name}: {len(ids)} tokens are less than one window of {seq_len}; give more, or --seq-len")
     return ids
 
 
@@ -80,7 +86,9 @@ def batches(x: Tensor, tokens: int = 4096) -> tuple[Tensor, ...]:
 
 
 @torch.inference_mode()
-def perplexity(checkpoint: Checkpoint, windows: Tensor, device="cpu", prepare: Callable[[Block, int], None] | None = None, label="") -> float:
+def perplexity(
+    checkpoint: Checkpoint, windows: Tensor, device="cpu", prepare: Callable[[Block, int], None] | None = None, label=""
+) -> float:
     """exp of the mean next-token loss.
 
     windows: (n_windows, seq_len) int64
@@ -88,7 +96,9 @@ def perplexity(checkpoint: Checkpoint, windows: Tensor, device="cpu", prepare: C
     label: what the progress bar calls it"""
     cos, sin = rope_tables(checkpoint.config, windows.shape[1], device)
     x = checkpoint.embedding()(windows)  # (n_windows, seq_len, hidden_size), stays on the CPU
-    for i in tqdm(range(checkpoint.config.num_hidden_layers), desc=f"perplexity {label}".strip(), unit="block", leave=False):
+    for i in tqdm(
+        range(checkpoint.config.num_hidden_layers), desc=f"perplexity {label}".strip(), unit="block", leave=False
+    ):
         block = checkpoint.block(i, device=device)
         if prepare is not None:
             prepare(block, i)
@@ -106,7 +116,9 @@ def generate(checkpoint: Checkpoint, tokenizer: Tokenizer, prompt: str, n_tokens
     ids = torch.tensor([tokenizer.encode(prompt).ids], device=device)
     context = checkpoint.config.max_position_embeddings
     if ids.shape[1] == 0 or ids.shape[1] + n_tokens > context:
-        raise ValueError(f"a prompt of {ids.shape[1]} tokens and {n_tokens} more do not fit: 1 to {context} in all, see --tokens")
+        raise ValueError(
+            f"a prompt of {ids.shape[1]} tokens and {n_tokens} more do not fit: 1 to {context} in all, see --tokens"
+        )
     model = checkpoint.model(torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32, device)
     model.generate(ids, 1)  # warm up
     start = time.perf_counter()
@@ -128,7 +140,7 @@ def default_device() -> str:
 
 
 def resolve_seq_len(asked: int | None, checkpoint: Checkpoint) -> int:
-    """The window: as asked, else 2048 or the model's context if that is smaller. Raises ValueError beyond the context."""
+    """The window: as asked, else 2048, or the model's context if smaller. Raises ValueError beyond the context."""
     context = checkpoint.config.max_position_embeddings
     if asked is not None and not 2 <= asked <= context:
         raise ValueError(f"--seq-len {asked}: choose 2 to {context}, the context of this model")
@@ -142,7 +154,7 @@ def run(args: argparse.Namespace) -> None:
         text, speed = generate(checkpoint, tokenizer, args.prompt, args.tokens, device)
         print(f"{text}\n\n{speed:.1f} tokens/s")
         return
-    text, name = (read_text(args.text), Path(args.text).name) if args.text else (standard_library_text(held_out=True), STANDARD_LIBRARY)
+    text, name = load_text(args.text, held_out=True)
     seq_len = resolve_seq_len(args.seq_len, checkpoint)
     windows = cut(tokenize(tokenizer, text, name, seq_len), seq_len)
     result = perplexity(checkpoint, windows, device)
@@ -166,13 +178,16 @@ def fail(message: object, code: int = 2) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Perplexity of a checkpoint folder (original or packed), or text generated by it.")
-    parser.add_argument("--model", default=TINY, help="checkpoint folder (default: the bundled models/tiny)")
-    parser.add_argument("--text", help=f"UTF-8 file to measure perplexity on (default: {STANDARD_LIBRARY}, its held-out files)")
-    parser.add_argument("--seq-len", type=int, help="tokens per window (default: 2048, or the model's context if smaller)")
-    parser.add_argument("--prompt", help="continue this text instead and print tokens/s")
-    parser.add_argument("--tokens", type=int, default=100, help="tokens to generate (default: %(default)s)")
-    parser.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description="Perplexity of a checkpoint folder (original or packed), or text generated by it."
+    )
+    add = parser.add_argument
+    add("--model", default=TINY, help="checkpoint folder (default: the bundled models/tiny)")
+    add("--text", help="UTF-8 file to measure on (default: the Python standard library, its held-out files)")
+    add("--seq-len", type=int, help="tokens per window (default: 2048, or the model's context if smaller)")
+    add("--prompt", help="continue this text instead and print tokens/s")
+    add("--tokens", type=int, default=100, help="tokens to generate (default: %(default)s)")
+    add("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     guarded(run, parser)
 
 

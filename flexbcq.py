@@ -1,7 +1,8 @@
 """FlexBCQ: a uniform quantizer composed with an inner binary-coding quantizer, and three methods it contains.
 
-Paper: *Flexible Binary-coding Quantization for Large Language Models* (ICLR 2025 submission 8982), published as UniQuanF,
-*Unifying Uniform and Binary-coding Quantization for Accurate Compression of Large Language Models* (arXiv 2506.03781).
+Paper: *Flexible Binary-coding Quantization for Large Language Models* (ICLR 2025 submission 8982), published as
+UniQuanF, *Unifying Uniform and Binary-coding Quantization for Accurate Compression of Large Language Models* (ACL 2025,
+arXiv 2506.03781).
 
 A weight passes three stations:
 
@@ -19,7 +20,7 @@ weight to another level without moving the levels) makes it FlexRound, learning 
 
 Whatever was learned, `fold` turns it into plain BCQ: w^ = sum_i alpha*_i b_i + shift*.
 
-    paper                          here             shape
+    in the literature              here             shape
     Delta, z_U                     scale, zero_point (n_groups, 1)
     S_2, s_3 of FlexRound          s_elem, s_row    (n_groups, group_size), (out_features, 1)
     alpha, z_B                     alpha, shift     (n_groups, n_bits), (n_groups, 1)
@@ -34,6 +35,7 @@ Whatever was learned, `fold` turns it into plain BCQ: w^ = sum_i alpha*_i b_i + 
 
 import argparse
 import multiprocessing
+import sys
 import time
 
 import torch
@@ -68,7 +70,9 @@ def levels(alpha: Tensor, shift: Tensor) -> Tensor:
 
 def uniform_levels(n_bits: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """alpha (n_bits,) and shift () that make code c the level c."""
-    return 2.0 ** torch.arange(n_bits - 2, -2, -1, device=like.device, dtype=like.dtype), like.new_tensor((2**n_bits - 1) / 2)
+    return 2.0 ** torch.arange(n_bits - 2, -2, -1, device=like.device, dtype=like.dtype), like.new_tensor(
+        (2**n_bits - 1) / 2
+    )
 
 
 def midpoints(sorted_levels: Tensor) -> Tensor:
@@ -106,7 +110,7 @@ def nearest_nearby(v: Tensor, codes: Tensor, alpha: Tensor, shift: Tensor) -> Te
 
 
 def alternating_update(w: Tensor, alpha: Tensor, shift: Tensor, n_rounds: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Fit levels to weights: codes fixed -> least squares for (alpha, shift); those fixed -> nearest codes. (Xu et al. 2018)
+    """Fit levels (Xu et al. 2018): codes fixed, least squares for alpha and shift; those fixed, the nearest codes.
 
     Within a group the problem is one-dimensional (ours): with the weights sorted once, the weights of a level are a
     run between two midpoints, and prefix sums give its count and sum without looking at a weight again.
@@ -137,7 +141,7 @@ def alternating_update(w: Tensor, alpha: Tensor, shift: Tensor, n_rounds: int) -
 def uniform_range(w: Tensor, n_bits: int, ratio: float = 1.0, whole: bool = True) -> tuple[Tensor, Tensor]:
     """scale and zero_point, (n_groups, 1) each, of uniform levels over the range of each group shrunk by `ratio`.
 
-    whole: let zero_point be an integer and the range include 0, so that a weight of 0 stays 0, as RTN usually has it."""
+    whole: zero_point is an integer and the range includes 0, so that a weight of 0 stays 0, as RTN usually has it."""
     low, high = w.amin(1, keepdim=True) * ratio, w.amax(1, keepdim=True) * ratio
     if whole:
         low, high = low.clamp(max=0), high.clamp(min=0)
@@ -149,7 +153,7 @@ def initialize(w: Tensor, n_bits: int, n_ratios: int, n_rounds: int) -> tuple[Te
     """Unified initialization: over `n_ratios` clipping ratios, uniform levels improved by `n_rounds` of alternating
     update; per group the best by squared error stays. w: (n_groups, group_size) float.
 
-    Returns scale, zero_point (n_groups, 1) and, in units of that scale, alpha (n_groups, n_bits), shift (n_groups, 1)."""
+    Returns scale and zero_point, (n_groups, 1), and in units of scale alpha (n_groups, n_bits) and shift (n_groups, 1)."""
     parts = [_initialize_part(part, n_bits, n_ratios, n_rounds) for part in w.split(max(1, PART // w.shape[1]))]
     return tuple(torch.cat(parts).to(w.dtype).split((1, 1, n_bits, 1), dim=1))
 
@@ -206,7 +210,9 @@ class Quantize(torch.autograd.Function):
         g_v = g * scale
         if ctx.filtering:
             tau = alpha.abs().amin(1, keepdim=True)
-            g_v = g_v.masked_fill_((u - quantized / scale).abs_() > tau, 0)
+            distance = (quantized / scale).sub_(u).abs_()  # |q - v|
+            g_v.masked_fill_(distance > tau, 0)
+            del distance
         g_alpha = g_shift = None
         if ctx.needs_input_grad[4]:
             g_shift = g_v.sum(1, keepdim=True)
@@ -266,13 +272,15 @@ class FlexBCQLinear(nn.Module):
         return self.scale * torch.exp(self.log_scale + log_s_row)
 
     def _v(self) -> Tensor:
-        return transform(self.w.float(), self._scale(), self.log_s_elem) + self.zero_point
+        return transform(self.w, self._scale(), self.log_s_elem).add_(self.zero_point)
 
     @torch.no_grad()
     def remap(self, local: bool = True) -> None:
         """Choose the codes again, for the present parameters: among neighbouring levels, or (local=False) among all."""
         v = self._v()
-        self.codes = nearest_nearby(v, self.codes, self.alpha, self.shift) if local else nearest(v, self.alpha, self.shift)
+        self.codes = (
+            nearest_nearby(v, self.codes, self.alpha, self.shift) if local else nearest(v, self.alpha, self.shift)
+        )
 
     def quantized_weight(self) -> Tensor:
         """w^, (out_features, in_features) float, differentiable in the parameters."""
@@ -301,40 +309,44 @@ class FlexBCQLinear(nn.Module):
 # -------------------------------------------------------------------------------------------------- measure it
 
 
-def _measure(what: str, size: int, n_bits: int, group_size: int) -> tuple[float, float]:
-    """Seconds and peak bytes per weight of one thing, for a (size, size) weight. Meant for a fresh process."""
+def _measure_initialization(n_ratios: int, size: int, n_bits: int, group_size: int) -> tuple[float, float]:
+    """Seconds and peak bytes per weight, for one (size, size) weight. Meant for a process of its own."""
+    weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).view(-1, group_size)
+    initialize(weight[:64], n_bits, 1, 1)  # load the libraries
+    before, start = _peak_bytes(), time.perf_counter()
+    initialize(weight, n_bits, n_ratios, 15)
+    return time.perf_counter() - start, (_peak_bytes() - before) / size**2
+
+
+def _measure_training(n_layers: int, size: int, n_bits: int, group_size: int) -> tuple[float, float]:
+    """Seconds of one forward and backward of one layer, a new mapping every second time, and peak bytes per weight of
+    training a chain of n_layers, Adam and the weights themselves included. Meant for a process of its own."""
+    torch.manual_seed(0)
+    before, seconds, x = _peak_bytes(), [], torch.randn(1, size)
+    chain = [
+        FlexBCQLinear(torch.randn(size, size).bfloat16(), n_bits, group_size, n_ratios=1, n_rounds=1)
+        for _ in range(n_layers)
+    ]
+    optimizer = torch.optim.Adam([p for layer in chain for p in layer.parameters()], lr=1e-4, fused=True)
+    for step in range(10):
+        start, y = time.perf_counter(), x
+        for layer in chain:
+            if step % 2 == 0:
+                layer.remap()
+            y = layer(y)
+        y.sum().backward()
+        seconds.append((time.perf_counter() - start) / n_layers)
+        optimizer.step()
+        optimizer.zero_grad()
+    return sum(sorted(seconds)[4:6]) / 2, (_peak_bytes() - before) / (
+        n_layers * size**2
+    )  # the median: one of each kind
+
+
+def _peak_bytes() -> int:
     import resource  # not on Windows
 
-    def peak() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / size**2
-
-    torch.manual_seed(0)
-    weight = (torch.randn(size, size) * 0.02).bfloat16()
-    if what.startswith("init"):
-        initialize(weight[:64].float(), n_bits, 1, 1)  # load the libraries
-        before, start = peak(), time.perf_counter()
-        initialize(weight.float().view(-1, group_size), n_bits, int(what.split("=")[1]), 15)
-        return time.perf_counter() - start, peak() - before
-    layer = FlexBCQLinear(weight[:64], n_bits, group_size, n_ratios=1)
-    train_steps(layer, 1)
-    before = peak()
-    layer = FlexBCQLinear(weight, n_bits, group_size, n_ratios=1, n_rounds=1)
-    return train_steps(layer, 10), peak() - before
-
-
-def train_steps(layer: FlexBCQLinear, n: int) -> float:
-    """Median seconds of a forward and backward pass, a new mapping every second time; Adam runs between them."""
-    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-4, fused=True)
-    gradient, seconds = torch.ones(1).expand(layer.shape), []
-    for _ in range(n):
-        start = time.perf_counter()
-        layer.remap()
-        for _ in range(2):
-            optimizer.zero_grad()
-            layer.quantized_weight().backward(gradient)
-        seconds.append((time.perf_counter() - start) / 2)
-        optimizer.step()
-    return sorted(seconds)[n // 2]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main() -> None:
@@ -344,10 +356,16 @@ def main() -> None:
     args = parser.parse_args()
     print(f"one {args.size} x {args.size} weight, groups of {args.group_size}, {torch.get_num_threads()} threads")
     for n_bits in (3, 4):
-        for what in ("init, n_ratios=1", "init, n_ratios=20", "init, n_ratios=50", "forward + backward"):
-            with multiprocessing.get_context("spawn").Pool(1) as fresh:  # its own process, so its own peak of memory
-                seconds, peak = fresh.apply(_measure, (what, args.size, n_bits, args.group_size))
-            print(f"{n_bits} bits  {what:18}  {seconds:7.3f} s  {peak:5.1f} bytes per weight at the peak", flush=True)
+        for measure, n in (
+            (_measure_initialization, 1),
+            (_measure_initialization, 20),
+            (_measure_initialization, 50),
+            (_measure_training, 4),
+        ):
+            with multiprocessing.get_context("spawn").Pool(1) as fresh:  # a process of its own has a peak of its own
+                seconds, peak = fresh.apply(measure, (n, args.size, n_bits, args.group_size))
+            name = "forward + backward" if measure is _measure_training else f"initialization, {n} clipping ratios"
+            print(f"{n_bits} bits  {name:35} {seconds:8.3f} s  {peak:5.1f} bytes per weight at the peak", flush=True)
 
 
 if __name__ == "__main__":

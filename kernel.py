@@ -115,7 +115,9 @@ class BCQLinear(nn.Module):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(out_features, in_features): the sum over planes, added up in float32 one plane at a time."""
         shape = (self.out_features, -1, self.group_size)  # (out, in/group_size, group_size)
-        weight = from_tiles(self.shift, self.out_features).float().unsqueeze(-1).expand(*shape[:2], self.group_size).clone()
+        weight = (
+            from_tiles(self.shift, self.out_features).float().unsqueeze(-1).expand(*shape[:2], self.group_size).clone()
+        )
         for plane, alpha in zip(self.bit_planes, self.alpha):
             sign = unpack_plane(plane, self.out_features).view(shape).float() * 2 - 1
             weight.addcmul_(sign, from_tiles(alpha, self.out_features).float().unsqueeze(-1))
@@ -126,4 +128,4 @@ class BCQLinear(nn.Module):
         return F.linear(x, self.dequantize(x.dtype))
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, n_bits={self.n_bits}, group_size={self.group_size}"
+        return f"{self.in_features}, {self.out_features}, n_bits={self.n_bits}, group_size={self.group_size}"

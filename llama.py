@@ -65,7 +65,9 @@ class LlamaConfig:
         config.head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
         if raw.get("sliding_window"):  # Mistral 0.1: inside its window, sliding attention is plain attention
             config.max_position_embeddings = min(config.max_position_embeddings, raw["sliding_window"])
-        config.rope = {"rope_theta": raw.get("rope_theta", 10000.0)} | (raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+        config.rope = {"rope_theta": raw.get("rope_theta", 10000.0)} | (
+            raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        )
         config.quantization = raw.get("quantization_config")
         method = (config.quantization or {}).get("quant_method", "flexbcq")
         if method != "flexbcq":
@@ -277,6 +279,10 @@ class Checkpoint:
             raise ValueError(f"{self.folder}: {name} contains NaN or infinity")
         return tensor
 
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """All tensors whose name begins with `prefix`, as they are in the files (memory-mapped)."""
+        return {name: file.get_tensor(name) for name, file in self._file_of.items() if name.startswith(prefix)}
+
     def _fill(self, module: nn.Module, prefix: str, dtype: torch.dtype, device) -> nn.Module:
         """Load a module that was built on the meta device; linears stored as bit-planes become `BCQLinear`."""
         for name, linear in linears(module).items():
@@ -356,11 +362,6 @@ def write_config(folder: Path, config: dict, source: Path | None = None) -> None
         ours = file.name == "config.json" or "safetensors" in file.name or file.name.startswith("calibration.")
         if file.suffix in (".json", ".model", ".jinja", ".txt") and not ours:
             shutil.copy(file, folder / file.name)
-
-
-def write_shard(folder: Path, i: int, n_shards: int, tensors: dict[str, Tensor]) -> None:
-    """Write shard i of a checkpoint under its Hugging Face name."""
-    write_tensors(folder / f"model-{i + 1:05d}-of-{n_shards:05d}.safetensors", tensors)
 
 
 def write_index(folder: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_eval import perplexity_by_transformers
 
-from eval import TINY, cut, load_tokenizer, perplexity, read_text, tokenize
+from eval import cut, load_tokenizer, perplexity, read_text, tokenize
 from flexbcq import METHODS
 from kernel import BCQLinear
 from llama import Checkpoint, linears
@@ -21,7 +21,9 @@ FEW_STEPS = ["--samples", "8", "--epochs", "2", "--batch-size", "2", "--group-si
 
 
 def calibrate(*arguments, **options):
-    return subprocess.run([sys.executable, "calibrate.py", *map(str, arguments)], capture_output=True, text=True, **options)
+    return subprocess.run(
+        [sys.executable, "calibrate.py", *map(str, arguments)], capture_output=True, text=True, **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,13 @@ def test_folder_holds_planes_for_every_linear_and_the_rest_untouched(method, pac
         else:
             assert torch.equal(stored[name], tensor) and stored[name].dtype == torch.bfloat16
     config = json.loads((packed[method] / "config.json").read_text())["quantization_config"]
-    assert (config["quant_method"], config["bits"], config["group_size"], config["method"], config["seed"]) == ("flexbcq", 2, 32, method, 0)
+    assert (config["quant_method"], config["bits"], config["group_size"], config["method"], config["seed"]) == (
+        "flexbcq",
+        2,
+        32,
+        method,
+        0,
+    )
 
 
 def test_report_holds_losses_perplexities_and_a_plot(packed, toy, text):
@@ -135,8 +143,16 @@ BAD = {
     "no such model": (["--model", "meta-llama/Nope"], None, "hf download meta-llama/Nope"),
     "9 bits": (["--bits", "9"], None, "9 bits: choose 1 to 8"),
     "0 bits": (["--bits", "0"], None, "0 bits: choose 1 to 8"),
-    "group size": (["--group-size", "48"], None, "model.layers.0.self_attn.q_proj: in_features 64 cannot be cut into groups of 48 (try 32, 64"),
-    "group size for some layers": (["--group-size", "64"], None, "mlp.down_proj: in_features 160 cannot be cut into groups of 64 (try 32, 160"),
+    "group size": (
+        ["--group-size", "48"],
+        None,
+        "model.layers.0.self_attn.q_proj: in_features 64 cannot be cut into groups of 48 (try 32, 64",
+    ),
+    "group size for some layers": (
+        ["--group-size", "64"],
+        None,
+        "mlp.down_proj: in_features 160 cannot be cut into groups of 64 (try 32, 160",
+    ),
     "long sequence": (["--seq-len", "100"], None, "--seq-len 100: choose 2 to 64"),
     "no samples": (["--samples", "0"], None, "--samples 0: must be at least 1"),
     "no epochs": (["--epochs", "-1"], None, "--epochs -1: must be at least 1"),
@@ -191,16 +207,33 @@ def test_loss_that_is_not_finite_names_the_block(toy, text, tmp_path):
     tensors["model.layers.0.input_layernorm.weight"].fill_(1e38)
     save_file(tensors, model / "model.safetensors")
     result = calibrate("--model", model, "--text", text, "--out", tmp_path / "out", *FEW_STEPS)
-    assert result.returncode == 2 and "model.layers.0: the loss is" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        result.returncode == 2 and "model.layers.0: the loss is" in result.stderr and "Traceback" not in result.stderr
+    )
 
 
 def test_interrupt_ends_with_one_line_and_leaves_nothing(toy, text, tmp_path):
-    command = [sys.executable, "calibrate.py", "--model", toy, "--text", text, "--out", tmp_path / "out", "--samples", "64", "--epochs", "1000"]
+    command = [
+        sys.executable,
+        "calibrate.py",
+        "--model",
+        toy,
+        "--text",
+        text,
+        "--out",
+        tmp_path / "out",
+        "--samples",
+        "64",
+        "--epochs",
+        "1000",
+    ]
     with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
             if "loss" in line:  # training has begun
                 break
         process.send_signal(2)
         rest = process.stderr.read()
-    assert process.returncode == 130 and rest.strip().splitlines()[-1] == "error: interrupted" and "Traceback" not in rest
+    assert (
+        process.returncode == 130 and rest.strip().splitlines()[-1] == "error: interrupted" and "Traceback" not in rest
+    )
     assert list(tmp_path.iterdir()) == []

@@ -37,7 +37,9 @@ def test_command_line_ends_with_the_perplexity_its_text_and_its_windows(toy, tex
     result = evaluate("--model", toy, "--text", text, "--seq-len", 50)
     ids = load_tokenizer(toy).encode(read_text(text)).ids
     expected = perplexity(Checkpoint(toy), cut(torch.tensor(ids), 50))
-    assert result.stdout.splitlines()[-1] == f"perplexity {expected:.4f} (text.txt, seq_len 50, {len(ids) // 50} windows)"
+    assert (
+        result.stdout.splitlines()[-1] == f"perplexity {expected:.4f} (text.txt, seq_len 50, {len(ids) // 50} windows)"
+    )
 
 
 def test_prompt_is_continued_and_timed(toy):

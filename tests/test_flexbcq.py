@@ -5,7 +5,19 @@ import itertools
 import pytest
 import torch
 
-from flexbcq import METHODS, FlexBCQLinear, Quantize, alternating_update, initialize, levels, nearest, nearest_nearby, sign_patterns, uniform_levels, uniform_range
+from flexbcq import (
+    METHODS,
+    FlexBCQLinear,
+    Quantize,
+    alternating_update,
+    initialize,
+    levels,
+    nearest,
+    nearest_nearby,
+    sign_patterns,
+    uniform_levels,
+    uniform_range,
+)
 
 torch.manual_seed(0)
 
@@ -32,7 +44,9 @@ def dequantize(codes, alpha, shift):
     return ((signs * alpha.unsqueeze(2)).sum(-1) + shift.unsqueeze(-1)).view(codes.shape)
 
 
-@pytest.mark.parametrize("method, n_bits, group_size", list(itertools.product(METHODS, range(1, 9), (32, 64, 96, 192, -1))))
+@pytest.mark.parametrize(
+    "method, n_bits, group_size", list(itertools.product(METHODS, range(1, 9), (32, 64, 96, 192, -1)))
+)
 def test_uq_after_bcq_is_one_bcq(method, n_bits, group_size):
     layer = random_layer(method, n_bits, group_size)
     v = layer._v()
@@ -118,7 +132,13 @@ def test_weights_that_are_a_bcq_already_stay_exact(n_bits):
 @pytest.mark.parametrize("method, n_bits", list(itertools.product(METHODS, (1, 3, 8))))
 @pytest.mark.parametrize(
     "weight",
-    [torch.zeros(3, 64), torch.full((3, 64), 0.7), torch.full((3, 64), -1e-3), torch.randn(1, 64), torch.randn(5, 32).bfloat16()],
+    [
+        torch.zeros(3, 64),
+        torch.full((3, 64), 0.7),
+        torch.full((3, 64), -1e-3),
+        torch.randn(1, 64),
+        torch.randn(5, 32).bfloat16(),
+    ],
     ids=["zeros", "constant", "small constant", "one row", "bfloat16"],
 )
 def test_odd_weights_give_finite_numbers_no_farther_than_the_largest_weight(weight, method, n_bits):
@@ -238,7 +258,10 @@ def test_forward_leaves_the_codes_alone_and_remap_renews_them():
     assert not torch.equal(layer.codes, codes)
 
 
-@pytest.mark.parametrize("method, names", [("rtn", set()), ("bcq", {"alpha", "shift"}), ("flexround", {"log_scale", "log_s_elem", "log_s_row"})])
+@pytest.mark.parametrize(
+    "method, names",
+    [("rtn", set()), ("bcq", {"alpha", "shift"}), ("flexround", {"log_scale", "log_s_elem", "log_s_row"})],
+)
 def test_switches_decide_what_is_learned(method, names):
     layer = random_layer(method, 3, 64)
     assert {name for name, p in layer.named_parameters() if p.requires_grad} == names

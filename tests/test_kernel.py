@@ -17,7 +17,11 @@ def random_codes(out, width, n_bits):
 def random_parts(out, width, n_bits, group_size):
     """codes, alpha and shift of a layer; alpha and shift exact in fp16."""
     groups = width // group_size
-    return random_codes(out, width, n_bits), torch.rand(out, groups, n_bits).half().float(), torch.randn(out, groups).half().float()
+    return (
+        random_codes(out, width, n_bits),
+        torch.rand(out, groups, n_bits).half().float(),
+        torch.randn(out, groups).half().float(),
+    )
 
 
 @pytest.mark.parametrize("n_bits, shape", list(itertools.product(range(1, 9), SHAPES)))
@@ -76,7 +80,9 @@ def test_bits_per_weight_counts_what_is_stored():
     assert stored / (256 * 64) == bits_per_weight(3, 128) == 3.5
 
 
-@pytest.mark.parametrize("width, group_size", [(96, 64), (96, 0), (96, -2), (96, 16), (96, 192), (100, 50), (100, -1), (0, -1)])
+@pytest.mark.parametrize(
+    "width, group_size", [(96, 64), (96, 0), (96, -2), (96, 16), (96, 192), (100, 50), (100, -1), (0, -1)]
+)
 def test_group_sizes_that_do_not_fit_are_refused(width, group_size):
     with pytest.raises(ValueError, match=f"in_features {width}"):
         columns_per_group(width, group_size)

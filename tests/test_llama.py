@@ -10,8 +10,20 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from llama import Checkpoint, KVCache, new_folder, rope_frequencies
 
-SHAPE = {"vocab_size": 300, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "max_position_embeddings": 512}
-LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+SHAPE = {
+    "vocab_size": 300,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 512,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 KINDS = {
     "llama-2": LlamaConfig(num_attention_heads=6, num_key_value_heads=6, **SHAPE),
     "llama-3": LlamaConfig(num_attention_heads=6, num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 5e5}, **SHAPE),
@@ -52,7 +64,13 @@ def test_sharded_folder_loads_like_a_single_file(tmp_path):
     assert relative(Checkpoint(tmp_path).model()(ids), expected(ids).logits) < 1e-4
 
 
-@pytest.mark.parametrize("old", [{"rope_theta": 5e5, "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items()}}, {"rope_theta": 5e5, "rope_scaling": None}])
+@pytest.mark.parametrize(
+    "old",
+    [
+        {"rope_theta": 5e5, "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items()}},
+        {"rope_theta": 5e5, "rope_scaling": None},
+    ],
+)
 @torch.inference_mode()
 def test_rope_settings_of_older_config_files_are_found(old, tmp_path):
     scaled = old["rope_scaling"] is not None
