@@ -45,7 +45,7 @@ class Training:
     original_input: float = 0.5  # share of input elements that come from the original model
 
 
-QUICK = {"epochs": 6, "batch_size": 4}  # for the bundled model: three minutes on two CPU cores
+QUICK_EPOCHS = 2  # for the bundled model: less than three minutes on two CPU cores
 
 
 def quantize_layers(checkpoint: Checkpoint, block: Block, i: int, method: str, n_bits: int, group_size: int):
@@ -235,13 +235,12 @@ def prepare(args: argparse.Namespace) -> tuple[Checkpoint, Training]:
     if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
         raise OSError(f"--out {args.out}: exists and is not empty; delete it or choose another folder")
     args.seq_len = resolve_seq_len(args.seq_len, checkpoint)
-    settings = Training(seed=args.seed, **(QUICK if checkpoint.folder.resolve() == TINY else {}))
-    settings.epochs = settings.epochs if args.epochs is None else args.epochs
-    settings.batch_size = settings.batch_size if args.batch_size is None else args.batch_size
-    for option, value in (("samples", args.samples), ("epochs", settings.epochs), ("batch-size", settings.batch_size)):
+    if args.epochs is None:
+        args.epochs = QUICK_EPOCHS if checkpoint.folder.resolve() == TINY else Training.epochs
+    for option, value in (("samples", args.samples), ("epochs", args.epochs), ("batch-size", args.batch_size)):
         if value < 1:
             raise ValueError(f"--{option} {value}: must be at least 1")
-    return checkpoint, settings
+    return checkpoint, Training(args.epochs, args.batch_size, args.seed)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -273,9 +272,9 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Quantize a Llama (a Hugging Face folder) and write it as a packed checkpoint folder.",
-        epilog="The defaults are the paper's setting; for the bundled model, one that takes three minutes.",
+        epilog="The defaults are the paper's setting; for the bundled model, one of less than three minutes.",
     )
-    add, paper = parser.add_argument, Training()
+    add = parser.add_argument
     add("--model", default=TINY, help="checkpoint folder (default: the bundled models/tiny)")
     add("--out", help="new folder to write (default: MODEL-METHOD-BITSbit in the current one)")
     add("--method", choices=METHODS, default="flexbcq", help="(default: %(default)s)")
@@ -283,13 +282,11 @@ def main() -> None:
     add("--group-size", type=int, default=-1, help="weights sharing alpha and shift, a multiple of 32; -1: the row "
         "(default: %(default)s)")  # fmt: skip
     add("--text", help="UTF-8 file to calibrate on (default: the Python standard library)")
-    add("--eval-text", help="UTF-8 file for perplexity (default: the last tenth of --text, then not calibrated on)")
+    add("--eval-text", help="UTF-8 file for perplexity (default: the last tenth of --text, not calibrated on then)")
     add("--samples", type=int, default=128, help="calibration sequences (default: %(default)s)")
     add("--seq-len", type=int, help="tokens in each (default: 2048, or the model's context if smaller)")
-    add("--epochs", type=int, help=f"passes over the samples (default: {paper.epochs}; bundled: {QUICK['epochs']})")
-    add(
-        "--batch-size", type=int, help=f"sequences a step (default: {paper.batch_size}; bundled: {QUICK['batch_size']})"
-    )
+    add("--epochs", type=int, help=f"passes over the samples (default: {Training.epochs}; bundled: {QUICK_EPOCHS})")
+    add("--batch-size", type=int, default=Training.batch_size, help="sequences in a step (default: %(default)s)")
     add("--seed", type=int, default=0, help="of samples, their order and mixing (default: %(default)s)")
     add("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     add("--dequantized", action="store_true", help="write ordinary weights, rounded to what the planes hold, "

@@ -153,7 +153,7 @@ def initialize(w: Tensor, n_bits: int, n_ratios: int, n_rounds: int) -> tuple[Te
     """Unified initialization: over `n_ratios` clipping ratios, uniform levels improved by `n_rounds` of alternating
     update; per group the best by squared error stays. w: (n_groups, group_size) float.
 
-    Returns scale and zero_point, (n_groups, 1), and in units of scale alpha (n_groups, n_bits) and shift (n_groups, 1)."""
+    Returns scale, zero_point (n_groups, 1) and, in units of scale, alpha (n_groups, n_bits) and shift (n_groups, 1)."""
     parts = [_initialize_part(part, n_bits, n_ratios, n_rounds) for part in w.split(max(1, PART // w.shape[1]))]
     return tuple(torch.cat(parts).to(w.dtype).split((1, 1, n_bits, 1), dim=1))
 
@@ -187,9 +187,10 @@ class Quantize(torch.autograd.Function):
     that to be true and nothing flows, neither to v nor to the levels (gradient filtering; for uniform levels these are
     exactly the clipped weights). With u = v - zero_point = w / (scale * s_elem * s_row) and g = dL/dw^:
 
-        g_v         = g * scale            where not filtered, else 0
-        dL/dlog s   = -g_v * u             summed over what shares s; for log scale plus sum(g * w^)
-        dL/dalpha_i = sum(g_v * b_i)       over the group;  dL/dshift = sum(g_v)
+        g_v            = g * scale                                  where not filtered, else 0
+        dL/dlog s_elem = -g_v * u
+        dL/dscale      = (sum(g * w^) - sum(g_v * u)) / scale       sums over the group
+        dL/dalpha_i    = sum(g_v * b_i),   dL/dshift = sum(g_v)
 
     The only (n, ..) tensors kept for the backward pass are those that exist anyway: w, log_s_elem, codes and w^."""
 

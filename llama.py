@@ -242,8 +242,8 @@ class Checkpoint:
                 f"{folder}: no such folder; for a model on Hugging Face, first run "
                 f"`hf download {folder} --local-dir FOLDER` (from `pip install huggingface_hub`) and give FOLDER"
             )
+        self.raw_config = self._json("config.json")
         try:
-            self.raw_config = self._json("config.json")
             self.config = LlamaConfig.from_dict(self.raw_config)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self.folder / 'config.json'}: {error}") from None
@@ -251,14 +251,19 @@ class Checkpoint:
 
     def _json(self, name: str) -> dict:
         try:
-            return json.loads((self.folder / name).read_text("utf-8"))
+            content = json.loads((self.folder / name).read_bytes())
         except FileNotFoundError:
             raise OSError(f"{self.folder}: no {name} in this folder; is it a Hugging Face checkpoint?") from None
+        except ValueError as error:
+            raise ValueError(f"{self.folder / name}: not JSON ({error})") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{self.folder / name}: not a JSON object")
+        return content
 
     def _open_shards(self) -> list:
         names = ["model.safetensors"]
         if not (self.folder / names[0]).exists():
-            names = sorted(set(self._json("model.safetensors.index.json")["weight_map"].values()))
+            names = sorted(set(self._json("model.safetensors.index.json").get("weight_map", {}).values()))
         shards = []
         for path in (self.folder / Path(name).name for name in names):  # .name: never outside the folder
             try:

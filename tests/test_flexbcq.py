@@ -93,10 +93,12 @@ def uniform_start(w, n_bits):
     return scale * alpha, scale * (shift - zero_point)
 
 
-@pytest.mark.parametrize("n_bits", (1, 2, 3, 4))
-def test_sorted_alternating_update_is_the_brute_force_one(n_bits):
+@pytest.mark.parametrize("n_bits, in_order", list(itertools.product((1, 2, 3, 4), (True, False))))
+def test_sorted_alternating_update_is_the_brute_force_one(n_bits, in_order):
+    """in_order=False starts with the smallest alpha first: the order of codes is then not the order of levels."""
     w = random_groups(size=256)
-    start = uniform_start(w, n_bits)
+    alpha, shift = uniform_start(w, n_bits)
+    start = alpha if in_order else alpha.flip(1), shift
     alpha, shift, _ = alternating_update(w.sort(1).values, *start, n_rounds=4)
     alpha_expected, shift_expected, codes = brute_force_update(w, *start, n_rounds=4)
     torch.testing.assert_close(alpha, alpha_expected, rtol=1e-5, atol=1e-7)
