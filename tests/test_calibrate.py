@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -10,20 +9,15 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_eval import perplexity_by_transformers
+from helpers import call, perplexity_by_transformers
 
+from calibrate import main
 from eval import cut, load_tokenizer, perplexity, read_text, tokenize
 from flexbcq import METHODS
 from kernel import BCQLinear
 from llama import Checkpoint, linears
 
 FEW_STEPS = ["--samples", "8", "--epochs", "2", "--batch-size", "2", "--group-size", "32"]
-
-
-def calibrate(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, "calibrate.py", *map(str, arguments)], capture_output=True, text=True, **options
-    )
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +27,8 @@ def packed(toy, text, tmp_path_factory):
     for name in [*METHODS, "dequantized"]:
         folders[name] = root / name
         method = ["--dequantized"] if name == "dequantized" else ["--method", name]
-        result = calibrate("--model", toy, "--out", folders[name], "--text", text, "--bits", 2, *method, *FEW_STEPS)
-        assert result.returncode == 0, result.stderr
+        result = call(main, "--model", toy, "--out", folders[name], "--text", text, "--bits", 2, *method, *FEW_STEPS)
+        assert result.code == 0, result.err
     return folders
 
 
@@ -90,7 +84,7 @@ def test_report_holds_losses_perplexities_and_a_plot(packed, toy, text):
 
 def test_same_seed_same_bytes_and_another_seed_other_bytes(packed, toy, text, tmp_path):
     for name, seed in (("same", 0), ("other", 1)):
-        calibrate("--model", toy, "--out", tmp_path / name, "--text", text, "--bits", 2, "--seed", seed, *FEW_STEPS)
+        call(main, "--model", toy, "--out", tmp_path / name, "--text", text, "--bits", 2, "--seed", seed, *FEW_STEPS)
     shards = sorted(p.name for p in packed["flexbcq"].glob("*.safetensors"))
     for shard in shards:
         assert (tmp_path / "same" / shard).read_bytes() == (packed["flexbcq"] / shard).read_bytes()
@@ -104,7 +98,7 @@ def test_evaluation_text_is_never_calibrated_on(toy, tmp_path):
         text = tmp_path / f"{i}.txt"
         text.write_text("for x in range(10): print(x)\n" * 300 + (ending * 100)[:900])
         folders.append(tmp_path / f"out{i}")
-        assert calibrate("--model", toy, "--out", folders[i], "--text", text, *FEW_STEPS).returncode == 0
+        assert call(main, "--model", toy, "--out", folders[i], "--text", text, *FEW_STEPS).code == 0
     reports = [json.loads((f / "calibration.json").read_text()) for f in folders]
     assert reports[0]["perplexity"] != reports[1]["perplexity"] and reports[0]["settings"] == reports[1]["settings"]
     shard = "model-00001-of-00003.safetensors"
@@ -113,15 +107,15 @@ def test_evaluation_text_is_never_calibrated_on(toy, tmp_path):
 
 def test_bundled_model_is_hurt_by_rtn_and_helped_by_flexbcq(tmp_path):
     """The README's main command with few steps, at 2 bits."""
-    result = calibrate("--out", tmp_path / "out", "--bits", 2, "--samples", 16, "--epochs", 4)
-    assert result.returncode == 0, result.stderr
+    result = call(main, "--out", tmp_path / "out", "--bits", 2, "--samples", 16, "--epochs", 4)
+    assert result.code == 0, result.err
     found = json.loads((tmp_path / "out" / "calibration.json").read_text())["perplexity"]
     assert found["original"] < 20
     assert found["rtn"] > 2 * found["original"]
     assert found["flexbcq"] < 0.5 * found["rtn"]
     for word in ("original", "rtn, 2 bits", "flexbcq, 2 bits", "bits per weight", "seconds"):
-        assert word in result.stdout
-    assert "block 6/6" in result.stderr and "->" in result.stderr and "min left" in result.stderr
+        assert word in result.out
+    assert "block 6/6" in result.err and "->" in result.err and "min left" in result.err
 
 
 # ------------------------------------------------------------------------------------------------------ bad input
@@ -174,30 +168,31 @@ def test_bad_input_gets_one_line_and_exit_code_2_and_leaves_nothing(case, toy, t
     model = shutil.copytree(toy, tmp_path / "model")
     if spoil:
         spoil(model)
-    result = calibrate("--model", model, "--text", text, "--out", tmp_path / "out", *FEW_STEPS, *options)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert message in result.stderr.strip().splitlines()[-1]
+    result = call(main, "--model", model, "--text", text, "--out", tmp_path / "out", *FEW_STEPS, *options)
+    assert result.code == 2
+    assert message in result.err.strip().splitlines()[-1]
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_output_folder_in_use_is_refused_and_left_alone(toy, text, tmp_path):
     (tmp_path / "precious").write_text("data")
-    result = calibrate("--model", toy, "--text", text, "--out", tmp_path, *FEW_STEPS)
-    assert result.returncode == 2 and "exists and is not empty" in result.stderr
+    result = call(main, "--model", toy, "--text", text, "--out", tmp_path, *FEW_STEPS)
+    assert result.code == 2 and "exists and is not empty" in result.err
     assert [p.name for p in tmp_path.iterdir()] == ["precious"]
 
 
 def test_quantized_model_is_refused(packed, text, tmp_path):
-    result = calibrate("--model", packed["rtn"], "--text", text, "--out", tmp_path / "out")
-    assert result.returncode == 2 and "is quantized already" in result.stderr
+    result = call(main, "--model", packed["rtn"], "--text", text, "--out", tmp_path / "out")
+    assert result.code == 2 and "is quantized already" in result.err
 
 
 def test_full_disk_gets_one_line_and_leaves_nothing(toy, text, tmp_path):
     """No file may grow beyond 10 kB: writing the first shard fails as on a full disk."""
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))  # noqa: E731
-    result = calibrate("--model", toy, "--text", text, "--out", tmp_path / "out", *FEW_STEPS, preexec_fn=limit)
+    limit = "import resource, calibrate; resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)); calibrate.main()"
+    options = ["--model", toy, "--text", text, "--out", tmp_path / "out", *FEW_STEPS]
+    result = subprocess.run([sys.executable, "-c", limit, *map(str, options)], capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "could not write model-00001-of-00003.safetensors" in result.stderr
+    assert "could not write model-00001-of-00003.safetensors" in result.stderr.strip().splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -206,34 +201,19 @@ def test_loss_that_is_not_finite_names_the_block(toy, text, tmp_path):
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.0.input_layernorm.weight"].fill_(1e38)
     save_file(tensors, model / "model.safetensors")
-    result = calibrate("--model", model, "--text", text, "--out", tmp_path / "out", *FEW_STEPS)
-    assert (
-        result.returncode == 2 and "model.layers.0: the loss is" in result.stderr and "Traceback" not in result.stderr
-    )
+    result = call(main, "--model", model, "--text", text, "--out", tmp_path / "out", *FEW_STEPS)
+    assert result.code == 2 and "model.layers.0: the loss is" in result.err
 
 
 def test_interrupt_ends_with_one_line_and_leaves_nothing(toy, text, tmp_path):
-    command = [
-        sys.executable,
-        "calibrate.py",
-        "--model",
-        toy,
-        "--text",
-        text,
-        "--out",
-        tmp_path / "out",
-        "--samples",
-        "64",
-        "--epochs",
-        "1000",
-    ]
-    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
+    options = ["--model", toy, "--text", text, "--out", tmp_path / "out", "--samples", 64, "--epochs", 1000]
+    command = [sys.executable, "calibrate.py", *map(str, options)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
             if "loss" in line:  # training has begun
                 break
         process.send_signal(2)
         rest = process.stderr.read()
-    assert (
-        process.returncode == 130 and rest.strip().splitlines()[-1] == "error: interrupted" and "Traceback" not in rest
-    )
+    assert process.returncode == 130 and "Traceback" not in rest
+    assert rest.strip().splitlines()[-1] == "error: interrupted"
     assert list(tmp_path.iterdir()) == []

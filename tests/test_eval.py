@@ -1,29 +1,11 @@
 """Perplexity and generation."""
 
-import math
-import subprocess
-import sys
-
 import pytest
 import torch
-import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from helpers import call, perplexity_by_transformers
 
-import eval as evaluation
-from eval import cut, load_tokenizer, perplexity, read_text, standard_library_text, tokenize
+from eval import cut, load_tokenizer, main, perplexity, read_text, standard_library_text, tokenize
 from llama import Checkpoint
-
-
-def evaluate(*arguments):
-    return subprocess.run([sys.executable, "eval.py", *map(str, arguments)], capture_output=True, text=True)
-
-
-def perplexity_by_transformers(folder, windows):
-    """From scratch: each window alone, the mean of its token losses, the exponential of the mean over windows."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.inference_mode():
-        losses = [F.cross_entropy(model(w[None]).logits[0, :-1], w[1:]).item() for w in windows]
-    return math.exp(sum(losses) / len(losses))
 
 
 def test_perplexity_is_the_one_of_transformers(toy, text):
@@ -34,18 +16,16 @@ def test_perplexity_is_the_one_of_transformers(toy, text):
 
 
 def test_command_line_ends_with_the_perplexity_its_text_and_its_windows(toy, text):
-    result = evaluate("--model", toy, "--text", text, "--seq-len", 50)
+    result = call(main, "--model", toy, "--text", text, "--seq-len", 50)
     ids = load_tokenizer(toy).encode(read_text(text)).ids
     expected = perplexity(Checkpoint(toy), cut(torch.tensor(ids), 50))
-    assert (
-        result.stdout.splitlines()[-1] == f"perplexity {expected:.4f} (text.txt, seq_len 50, {len(ids) // 50} windows)"
-    )
+    assert result.out.splitlines()[-1] == f"perplexity {expected:.4f} (text.txt, seq_len 50, {len(ids) // 50} windows)"
 
 
 def test_prompt_is_continued_and_timed(toy):
-    result = evaluate("--model", toy, "--prompt", "def f(x):", "--tokens", 5)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("def f(x):") and result.stdout.rstrip().endswith("tokens/s")
+    result = call(main, "--model", toy, "--prompt", "def f(x):", "--tokens", 5)
+    assert result.code == 0, result.err
+    assert result.out.startswith("def f(x):") and result.out.rstrip().endswith("tokens/s")
 
 
 def test_windows_do_not_overlap_and_drop_the_rest():
@@ -57,10 +37,6 @@ def test_the_two_halves_of_the_standard_library_share_no_file():
     assert len(train) > 10 * len(held_out) > 100_000
     longest = max(held_out.split("\n\n"), key=len)
     assert longest not in train
-
-
-def test_nothing_runs_at_import():
-    assert callable(evaluation.main)
 
 
 @pytest.mark.parametrize(
@@ -77,9 +53,9 @@ def test_bad_texts_get_one_line_and_exit_code_2(content, message, toy, tmp_path)
     path = tmp_path / "bad.txt"
     if content is not None:
         path.write_bytes(content)
-    result = evaluate("--model", toy, "--text", path)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert message in result.stderr and "bad.txt" in result.stderr
+    result = call(main, "--model", toy, "--text", path)
+    assert result.code == 2
+    assert message in result.err and "bad.txt" in result.err
 
 
 @pytest.mark.parametrize(
@@ -94,6 +70,6 @@ def test_bad_texts_get_one_line_and_exit_code_2(content, message, toy, tmp_path)
     ],
 )
 def test_bad_options_get_one_line_and_exit_code_2(arguments, message, toy):
-    result = evaluate("--model", toy, *arguments)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert message in result.stderr.strip().splitlines()[-1]
+    result = call(main, "--model", toy, *arguments)
+    assert result.code == 2
+    assert message in result.err.strip().splitlines()[-1]

@@ -24,21 +24,30 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+PLAIN_ROPE = {"rope_type": "default"}
+
+
+def llama(heads, kv_heads, config=LlamaConfig, **more):
+    return config(num_attention_heads=heads, num_key_value_heads=kv_heads, **SHAPE, **more)
+
+
 KINDS = {
-    "llama-2": LlamaConfig(num_attention_heads=6, num_key_value_heads=6, **SHAPE),
-    "llama-3": LlamaConfig(num_attention_heads=6, num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 5e5}, **SHAPE),
-    "llama-3.1": LlamaConfig(num_attention_heads=6, num_key_value_heads=2, rope_parameters=LLAMA3_ROPE | {"rope_theta": 5e5}, **SHAPE),
-    "llama-3.2": LlamaConfig(num_attention_heads=6, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True,
-                             rope_parameters=LLAMA3_ROPE | {"factor": 32.0, "rope_theta": 5e5}, **SHAPE),
-    "smollm2": LlamaConfig(num_attention_heads=3, num_key_value_heads=1, tie_word_embeddings=True, rms_norm_eps=1e-5,
-                           rope_parameters={"rope_type": "default", "rope_theta": 1e5}, **SHAPE),
-    "tinyllama": LlamaConfig(num_attention_heads=8, num_key_value_heads=2, rms_norm_eps=1e-5, **SHAPE),
-    "mistral": MistralConfig(num_attention_heads=6, num_key_value_heads=2, sliding_window=None, **SHAPE),
-}  # fmt: skip
+    "llama-2": llama(6, 6),
+    "llama-3": llama(6, 2, rope_parameters=PLAIN_ROPE | {"rope_theta": 5e5}),
+    "llama-3.1": llama(6, 2, rope_parameters=LLAMA3_ROPE | {"rope_theta": 5e5}),
+    "llama-3.2": llama(
+        6, 2, rope_parameters=LLAMA3_ROPE | {"factor": 32.0, "rope_theta": 5e5}, head_dim=32, tie_word_embeddings=True
+    ),
+    "smollm2": llama(
+        3, 1, rope_parameters=PLAIN_ROPE | {"rope_theta": 1e5}, tie_word_embeddings=True, rms_norm_eps=1e-5
+    ),
+    "tinyllama": llama(8, 2, rms_norm_eps=1e-5),
+    "mistral": llama(6, 2, MistralConfig, sliding_window=None),
+}
 
 
 def oracle(config, folder, **options):
-    """A model of `transformers` with weights ten times the usual, so that attention and RoPE matter, saved to `folder`."""
+    """A model of `transformers` with weights ten times the usual, so that RoPE matters; saved to `folder`."""
     torch.manual_seed(0)
     config.initializer_range = 0.2
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -97,7 +106,7 @@ def test_generate_continues_as_transformers_does(tmp_path):
 
 
 def test_context_of_mistral_ends_with_its_sliding_window(tmp_path):
-    oracle(MistralConfig(num_attention_heads=6, num_key_value_heads=2, sliding_window=128, **SHAPE), tmp_path)
+    oracle(llama(6, 2, MistralConfig, sliding_window=128), tmp_path)
     assert Checkpoint(tmp_path).config.max_position_embeddings == 128
 
 
