@@ -46,7 +46,9 @@ def train_tokenizer(text: str) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=CONFIG["vocab_size"], special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=CONFIG["vocab_size"], special_tokens=["<|end|>"], initial_alphabet=alphabet
+    )
     tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
     return tokenizer
 
@@ -77,7 +79,11 @@ def initialize(model: Llama) -> None:
     """Normal(0.02); the two layers that write to the residual stream start smaller, by the number of layers."""
     for name, p in model.named_parameters():
         if p.dim() == 2:
-            smaller = math.sqrt(2 * CONFIG["num_hidden_layers"]) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+            smaller = (
+                math.sqrt(2 * CONFIG["num_hidden_layers"])
+                if name.endswith(("o_proj.weight", "down_proj.weight"))
+                else 1
+            )
             torch.nn.init.normal_(p, std=0.02 / smaller)
 
 
