@@ -70,9 +70,8 @@ def levels(alpha: Tensor, shift: Tensor) -> Tensor:
 
 def uniform_levels(n_bits: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """alpha (n_bits,) and shift () that make code c the level c."""
-    return 2.0 ** torch.arange(n_bits - 2, -2, -1, device=like.device, dtype=like.dtype), like.new_tensor(
-        (2**n_bits - 1) / 2
-    )
+    alpha = 2.0 ** torch.arange(n_bits - 2, -2, -1, device=like.device, dtype=like.dtype)
+    return alpha, alpha.sum()  # (2^n_bits - 1) / 2
 
 
 def midpoints(sorted_levels: Tensor) -> Tensor:
@@ -132,7 +131,7 @@ def alternating_update(w: Tensor, alpha: Tensor, shift: Tensor, n_rounds: int) -
         if i == n_rounds:
             error = energy + (values * (values * count - 2 * total)).sum(1, keepdim=True)
             return theta[:, :-1], theta[:, -1:], error.clamp(min=0)
-        # Gauss-Newton on a linear problem: one step solves it. Rows of `features` are in the order of codes.
+        # the normal equations for the change of theta; rows of `features` are in the order of codes, not of values
         gram = (torch.zeros_like(count).scatter_(1, order, count) @ products).unflatten(1, damping.shape)
         residual = torch.zeros_like(total).scatter_(1, order, total - count * values) @ features
         theta = theta + torch.linalg.solve(gram + damping, residual)

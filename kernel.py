@@ -114,14 +114,15 @@ class BCQLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(out_features, in_features): the sum over planes, added up in float32 one plane at a time."""
-        shape = (self.out_features, -1, self.group_size)  # (out, in/group_size, group_size)
-        weight = (
-            from_tiles(self.shift, self.out_features).float().unsqueeze(-1).expand(*shape[:2], self.group_size).clone()
-        )
+
+        def per_weight(x: Tensor) -> Tensor:  # (out/32, in/group_size, 32) fp16 -> (out, in) float32
+            return from_tiles(x, self.out_features).float().repeat_interleave(self.group_size, dim=1)
+
+        weight = per_weight(self.shift)
         for plane, alpha in zip(self.bit_planes, self.alpha):
-            sign = unpack_plane(plane, self.out_features).view(shape).float() * 2 - 1
-            weight.addcmul_(sign, from_tiles(alpha, self.out_features).float().unsqueeze(-1))
-        return weight.flatten(1).to(dtype)
+            sign = unpack_plane(plane, self.out_features).float() * 2 - 1
+            weight.addcmul_(sign, per_weight(alpha))
+        return weight.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) -> (..., out_features) in the dtype of x."""

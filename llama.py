@@ -22,6 +22,7 @@ import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -284,9 +285,9 @@ class Checkpoint:
             raise ValueError(f"{self.folder}: {name} contains NaN or infinity")
         return tensor
 
-    def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """All tensors whose name begins with `prefix`, as they are in the files (memory-mapped)."""
-        return {name: file.get_tensor(name) for name, file in self._file_of.items() if name.startswith(prefix)}
+    def tensors(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        """All tensors whose name is wanted, as they are in the files (memory-mapped)."""
+        return {name: file.get_tensor(name) for name, file in self._file_of.items() if wanted(name)}
 
     def _fill(self, module: nn.Module, prefix: str, dtype: torch.dtype, device) -> nn.Module:
         """Load a module that was built on the meta device; linears stored as bit-planes become `BCQLinear`."""

@@ -1,6 +1,6 @@
 """Train the bundled Llama on Python's own source and write it as a Hugging Face folder.
 
-    python -m models.tiny.train --steps 3000        # from the project's root
+    python -m models.tiny.train         # from the project's root
 
 A byte-level BPE of 2,048 tokens, 5M parameters, AdamW for vectors and embeddings and Muon (Jordan et al. 2024) for
 matrices, which needs about half of AdamW's steps. Text and the held-out split: `eval.standard_library_text`.
@@ -96,7 +96,7 @@ def held_out_perplexity(model: Llama, ids: torch.Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=3000, help=f"of {BATCH} x {SEQ_LEN} tokens (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2900, help=f"of {BATCH} x {SEQ_LEN} tokens (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
