@@ -108,33 +108,47 @@ def nearest_nearby(v: Tensor, codes: Tensor, alpha: Tensor, shift: Tensor) -> Te
 # ------------------------------------------------------------------------------------------------- initialization
 
 
-def alternating_update(w: Tensor, alpha: Tensor, shift: Tensor, n_rounds: int) -> tuple[Tensor, Tensor, Tensor]:
+class SortedGroups:
+    """All that the alternating update needs to know of the weights.
+
+    Within a group the problem is one-dimensional (ours): with the weights in order, those of a level are a run between
+    two midpoints, and prefix sums give its count and its sum without looking at a weight again."""
+
+    def __init__(self, w: Tensor):
+        """w: (n_groups, group_size)."""
+        self.w = w.sort(dim=1).values
+        self.prefix = F.pad(self.w.cumsum(1, dtype=torch.float64), (1, 0))  # prefix[:, j]: sum of the j smallest
+        self.energy = w.double().square().sum(1, keepdim=True)
+
+    def split(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """How many weights are nearest to each value, and their sum. All (n_groups, m); values ascending."""
+        ends = torch.searchsorted(self.w, midpoints(values).to(self.w.dtype), right=True)
+        ends = F.pad(F.pad(ends, (1, 0)), (0, 1), value=self.w.shape[1])  # level r owns ends[r] .. ends[r + 1]
+        return ends.diff(dim=1).double(), self.prefix.gather(1, ends).diff(dim=1)
+
+
+def alternating_update(
+    groups: SortedGroups, alpha: Tensor, shift: Tensor, n_rounds: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Fit levels (Xu et al. 2018): codes fixed, least squares for alpha and shift; those fixed, the nearest codes.
 
-    Within a group the problem is one-dimensional (ours): with the weights sorted once, the weights of a level are a
-    run between two midpoints, and prefix sums give its count and sum without looking at a weight again.
-
-    w:     (n_groups, group_size), each row ascending
     alpha: (n_groups, n_bits), shift: (n_groups, 1), where to start
     Returns alpha, shift and the squared error of each group, (n_groups, 1), in float64. The error never rises."""
     theta = torch.cat((alpha, shift), 1).double()  # (n_groups, n_bits + 1)
-    prefix = F.pad(w.double().cumsum(1), (1, 0))  # prefix[:, j]: sum of the j smallest
-    energy = w.double().square().sum(1, keepdim=True)
     features = F.pad(sign_patterns(alpha.shape[1], theta), (0, 1), value=1.0)  # (2^n_bits, n_bits + 1): b_1 .. b_k, 1
     products = (features.unsqueeze(2) * features.unsqueeze(1)).flatten(1)
-    damping = 1e-9 * w.shape[1] * torch.eye(theta.shape[1], dtype=theta.dtype, device=w.device)  # a bit may never vary
-    for i in range(n_rounds + 1):
+    damping = 1e-9 * groups.w.shape[1] * torch.eye(theta.shape[1], dtype=theta.dtype, device=theta.device)
+    for _ in range(n_rounds):
         values, order = (theta @ features.T).sort(dim=1)
-        ends = F.pad(torch.searchsorted(w, midpoints(values).to(w.dtype), right=True), (1, 0))
-        ends = F.pad(ends, (0, 1), value=w.shape[1])  # level r owns the sorted weights ends[r] .. ends[r + 1]
-        count, total = ends.diff(dim=1).double(), prefix.gather(1, ends).diff(dim=1)
-        if i == n_rounds:
-            error = energy + (values * (values * count - 2 * total)).sum(1, keepdim=True)
-            return theta[:, :-1], theta[:, -1:], error.clamp(min=0)
-        # the normal equations for the change of theta; rows of `features` are in the order of codes, not of values
+        count, total = groups.split(values)
+        # the normal equations for the change of theta, damped because a bit may not vary; `features` goes by code
         gram = (torch.zeros_like(count).scatter_(1, order, count) @ products).unflatten(1, damping.shape)
         residual = torch.zeros_like(total).scatter_(1, order, total - count * values) @ features
         theta = theta + torch.linalg.solve(gram + damping, residual)
+    values = (theta @ features.T).sort(dim=1).values
+    count, total = groups.split(values)
+    error = groups.energy + (values * (values * count - 2 * total)).sum(1, keepdim=True)
+    return theta[:, :-1], theta[:, -1:], error.clamp(min=0)
 
 
 def uniform_range(w: Tensor, n_bits: int, ratio: float = 1.0, whole: bool = True) -> tuple[Tensor, Tensor]:
@@ -158,7 +172,7 @@ def initialize(w: Tensor, n_bits: int, n_ratios: int, n_rounds: int) -> tuple[Te
 
 
 def _initialize_part(w: Tensor, n_bits: int, n_ratios: int, n_rounds: int) -> Tensor:
-    ordered = w.sort(dim=1).values
+    groups = SortedGroups(w)
     alpha_uniform, shift_uniform = uniform_levels(n_bits, w)
     best, best_error = None, torch.inf
     for ratio in torch.linspace(1, 0.2, n_ratios).tolist():
@@ -166,9 +180,9 @@ def _initialize_part(w: Tensor, n_bits: int, n_ratios: int, n_rounds: int) -> Te
         start = scale * alpha_uniform, scale * (shift_uniform - zero_point)
         if n_rounds == 0:  # exactly uniform, not a rounding error beside it
             found = torch.cat((scale, zero_point, alpha_uniform.expand(len(w), -1), shift_uniform.expand(len(w), 1)), 1)
-            error = alternating_update(ordered, *start, 0)[2]
+            error = alternating_update(groups, *start, 0)[2]
         else:
-            alpha, shift, error = alternating_update(ordered, *start, n_rounds)
+            alpha, shift, error = alternating_update(groups, *start, n_rounds)
             found = torch.cat((scale, zero_point, alpha / scale, shift / scale + zero_point), 1)
         best = found if best is None else torch.where(error < best_error, found, best)
         best_error = error.clamp(max=best_error)
@@ -321,26 +335,28 @@ def _measure_initialization(n_ratios: int, size: int, n_bits: int, group_size: i
 def _measure_training(n_layers: int, size: int, n_bits: int, group_size: int) -> tuple[float, float]:
     """Seconds of one forward and backward of one layer, a new mapping every second time, and peak bytes per weight of
     training a chain of n_layers, Adam and the weights themselves included. Meant for a process of its own."""
+    _train_chain(1, 64, n_bits, 64)  # load the libraries
+    before = _peak_bytes()
+    seconds = _train_chain(n_layers, size, n_bits, group_size)
+    return seconds, (_peak_bytes() - before) / (n_layers * size**2)
+
+
+def _train_chain(n_layers: int, size: int, n_bits: int, group_size: int) -> float:
     torch.manual_seed(0)
-    before, seconds, x = _peak_bytes(), [], torch.randn(1, size)
-    chain = [
-        FlexBCQLinear(torch.randn(size, size).bfloat16(), n_bits, group_size, n_ratios=1, n_rounds=1)
-        for _ in range(n_layers)
-    ]
+    chain = [FlexBCQLinear(torch.randn(size, size).bfloat16(), n_bits, group_size, n_ratios=1) for _ in range(n_layers)]
     optimizer = torch.optim.Adam([p for layer in chain for p in layer.parameters()], lr=1e-4, fused=True)
+    seconds = []
     for step in range(10):
-        start, y = time.perf_counter(), x
+        start, y = time.perf_counter(), torch.ones(1, size)
+        for layer in chain if step % 2 == 0 else ():
+            layer.remap()
         for layer in chain:
-            if step % 2 == 0:
-                layer.remap()
             y = layer(y)
         y.sum().backward()
         seconds.append((time.perf_counter() - start) / n_layers)
         optimizer.step()
         optimizer.zero_grad()
-    return sum(sorted(seconds)[4:6]) / 2, (_peak_bytes() - before) / (
-        n_layers * size**2
-    )  # the median: one of each kind
+    return sum(sorted(seconds)[4:6]) / 2  # half of the steps map: the median lies between the two kinds
 
 
 def _peak_bytes() -> int:
@@ -352,20 +368,17 @@ def _peak_bytes() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure initialization and a training step of one weight matrix.")
     parser.add_argument("--size", type=int, default=2048, help="rows and columns (default: %(default)s)")
-    parser.add_argument("--group-size", type=int, default=128, help="(default: %(default)s)")
+    parser.add_argument("--group-size", type=int, default=-1, help="-1: a row (default: %(default)s)")
     args = parser.parse_args()
-    print(f"one {args.size} x {args.size} weight, groups of {args.group_size}, {torch.get_num_threads()} threads")
+    group_size = columns_per_group(args.size, args.group_size)
+    print(f"one {args.size} x {args.size} weight, groups of {group_size}, {torch.get_num_threads()} threads")
+    jobs = [(f"initialization, n_ratios={n}", _measure_initialization, n) for n in (1, 20, 50)]
+    jobs += [("forward + backward", _measure_training, 4)]
     for n_bits in (3, 4):
-        for measure, n in (
-            (_measure_initialization, 1),
-            (_measure_initialization, 20),
-            (_measure_initialization, 50),
-            (_measure_training, 4),
-        ):
+        for name, measure, n in jobs:
             with multiprocessing.get_context("spawn").Pool(1) as fresh:  # a process of its own has a peak of its own
-                seconds, peak = fresh.apply(measure, (n, args.size, n_bits, args.group_size))
-            name = "forward + backward" if measure is _measure_training else f"initialization, {n} clipping ratios"
-            print(f"{n_bits} bits  {name:35} {seconds:8.3f} s  {peak:5.1f} bytes per weight at the peak", flush=True)
+                seconds, peak = fresh.apply(measure, (n, args.size, n_bits, group_size))
+            print(f"{n_bits} bits  {name:27} {seconds:7.3f} s  {peak:5.1f} bytes per weight at the peak", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from flexbcq import (
     METHODS,
     FlexBCQLinear,
     Quantize,
+    SortedGroups,
     alternating_update,
     initialize,
     levels,
@@ -99,7 +100,7 @@ def test_sorted_alternating_update_is_the_brute_force_one(n_bits, in_order):
     w = random_groups(size=256)
     alpha, shift = uniform_start(w, n_bits)
     start = alpha if in_order else alpha.flip(1), shift
-    alpha, shift, _ = alternating_update(w.sort(1).values, *start, n_rounds=4)
+    alpha, shift, _ = alternating_update(SortedGroups(w), *start, n_rounds=4)
     alpha_expected, shift_expected, codes = brute_force_update(w, *start, n_rounds=4)
     torch.testing.assert_close(alpha, alpha_expected, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(shift, shift_expected, rtol=1e-5, atol=1e-7)
@@ -108,15 +109,15 @@ def test_sorted_alternating_update_is_the_brute_force_one(n_bits, in_order):
 
 @pytest.mark.parametrize("n_bits", (1, 2, 3, 4, 8))
 def test_error_of_alternating_update_never_rises(n_bits):
-    w = random_groups().sort(1).values
-    errors = torch.cat([alternating_update(w, *uniform_start(w, n_bits), n)[2] for n in range(12)], 1)
+    w = random_groups()
+    errors = torch.cat([alternating_update(SortedGroups(w), *uniform_start(w, n_bits), n)[2] for n in range(12)], 1)
     assert (errors.diff(dim=1) <= 1e-9 * errors[:, :1]).all()
 
 
 @pytest.mark.parametrize("n_bits", (2, 3, 4))
 def test_reported_error_is_the_squared_distance_to_the_levels(n_bits):
-    w = random_groups().sort(1).values
-    alpha, shift, error = alternating_update(w, *uniform_start(w, n_bits), 5)
+    w = random_groups()
+    alpha, shift, error = alternating_update(SortedGroups(w), *uniform_start(w, n_bits), 5)
     q = levels(alpha, shift).gather(1, nearest(w.double(), alpha, shift).long())
     torch.testing.assert_close(error, (w.double() - q).square().sum(1, keepdim=True))
 
@@ -125,8 +126,8 @@ def test_reported_error_is_the_squared_distance_to_the_levels(n_bits):
 def test_weights_that_are_a_bcq_already_stay_exact(n_bits):
     alpha = torch.tensor([[0.9, 0.4, 0.21, 0.06]])[:, :n_bits].repeat(5, 1)
     shift = torch.full((5, 1), 0.03)
-    w = levels(alpha, shift)[:, torch.randint(2**n_bits, (256,))].sort(1).values
-    found, _, error = alternating_update(w, alpha * 1.02, shift, n_rounds=3)
+    w = levels(alpha, shift)[:, torch.randint(2**n_bits, (256,))]
+    found, _, error = alternating_update(SortedGroups(w), alpha * 1.02, shift, n_rounds=3)
     assert error.max() < 1e-10
     torch.testing.assert_close(found, alpha.double(), rtol=1e-5, atol=1e-6)
 
