@@ -45,7 +45,7 @@ class Training:
     original_input: float = 0.5  # share of input elements that come from the original model
 
 
-QUICK_EPOCHS = 1  # for the bundled model: two minutes on two CPU cores
+QUICK_EPOCHS = 1  # for the bundled model: less than three minutes on two CPU cores
 
 
 def quantize_layers(checkpoint: Checkpoint, block: Block, i: int, method: str, n_bits: int, group_size: int):
@@ -277,7 +277,7 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Quantize a Llama (a Hugging Face folder) and write it as a packed checkpoint folder.",
-        epilog="The defaults are the paper's setting; for the bundled model, one of two minutes.",
+        epilog="The defaults are the paper's setting; for the bundled model, one of three minutes.",
     )
     add = parser.add_argument
     add("--model", default=TINY, help="checkpoint folder (default: the bundled models/tiny)")
