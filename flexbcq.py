@@ -50,7 +50,12 @@ METHODS = {  # name -> (learn_mapping, learn_levels)
     "flexround": (True, False),
     "flexbcq": (True, True),
 }
-PART = 2**18  # weights initialized at a time, so that their prefix sums stay in a CPU's cache
+PART = 2**18  # weights worked on at a time, so that what is computed from them stays in a CPU's cache
+
+
+def parts(*tensors: Tensor):
+    """The same runs of about PART weights from each tensor (n_groups, ...); the first one is (n_groups, group_size)."""
+    return zip(*(t.split(max(1, PART // tensors[0].shape[1])) for t in tensors))
 
 
 # ------------------------------------------------------------------------------------------------ levels and mapping
@@ -117,8 +122,9 @@ class SortedGroups:
     def __init__(self, w: Tensor):
         """w: (n_groups, group_size)."""
         self.w = w.sort(dim=1).values
-        self.prefix = F.pad(self.w.cumsum(1, dtype=torch.float64), (1, 0))  # prefix[:, j]: sum of the j smallest
-        self.energy = w.double().square().sum(1, keepdim=True)
+        self.prefix = torch.zeros(len(w), w.shape[1] + 1, dtype=torch.float64, device=w.device)
+        torch.cumsum(self.w, 1, dtype=torch.float64, out=self.prefix[:, 1:])  # prefix[:, j]: sum of the j smallest
+        self.energy = self.w.double().square().sum(1, keepdim=True)
 
     def split(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """How many weights are nearest to each value, and their sum. All (n_groups, m); values ascending."""
@@ -167,8 +173,9 @@ def initialize(w: Tensor, n_bits: int, n_ratios: int, n_rounds: int) -> tuple[Te
     update; per group the best by squared error stays. w: (n_groups, group_size) float.
 
     Returns scale, zero_point (n_groups, 1) and, in units of scale, alpha (n_groups, n_bits) and shift (n_groups, 1)."""
-    parts = [_initialize_part(part, n_bits, n_ratios, n_rounds) for part in w.split(max(1, PART // w.shape[1]))]
-    return tuple(torch.cat(parts).to(w.dtype).split((1, 1, n_bits, 1), dim=1))
+    found = torch.cat([_initialize_part(part, n_bits, n_ratios, n_rounds) for (part,) in parts(w)])
+    # parameters must be contiguous: a fused Adam walks over their memory without looking at strides
+    return tuple(x.contiguous() for x in found.to(w.dtype).split((1, 1, n_bits, 1), dim=1))
 
 
 def _initialize_part(w: Tensor, n_bits: int, n_ratios: int, n_rounds: int) -> Tensor:
@@ -212,30 +219,34 @@ class Quantize(torch.autograd.Function):
         """w, log_s_elem: (n_groups, group_size); codes: the same, uint8; scale (learned factors of the group and the
         row in it), zero_point, shift: (n_groups, 1); alpha: (n_groups, n_bits). Returns w^ like w, in scale's dtype."""
         values = scale * (levels(alpha, shift) - zero_point)
-        quantized = values.gather(1, codes.long())
+        quantized = torch.empty_like(codes, dtype=values.dtype)
+        for out, value, code in parts(quantized, values, codes):
+            torch.gather(value, 1, code.long(), out=out)
         ctx.save_for_backward(w, scale, log_s_elem, alpha, codes, quantized)
         ctx.filtering = filtering
         return quantized
 
     @staticmethod
     def backward(ctx, g):
-        w, scale, log_s_elem, alpha, codes, quantized = ctx.saved_tensors
-        u = transform(w, scale, log_s_elem)
-        g_v = g * scale
-        if ctx.filtering:
-            tau = alpha.abs().amin(1, keepdim=True)
-            distance = (quantized / scale).sub_(u).abs_()  # |q - v|
-            g_v.masked_fill_(distance > tau, 0)
-            del distance
-        g_alpha = g_shift = None
-        if ctx.needs_input_grad[4]:
-            g_shift = g_v.sum(1, keepdim=True)
-            n_bits = alpha.shape[1]
-            plus = [(g_v * ((codes >> (n_bits - 1 - i)) & 1)).sum(1, keepdim=True) for i in range(n_bits)]
-            g_alpha = 2 * torch.cat(plus, 1) - g_shift  # the sum where b_i = +1 minus the sum where it is -1
-        g_log_s = g_v.mul_(u).neg_()
-        g_scale = ((g * quantized).sum(1, keepdim=True) + g_log_s.sum(1, keepdim=True)) / scale
+        g_log_s = torch.empty_like(g)
+        sums = [gradients(*part, ctx.filtering) for part in parts(g_log_s, g, *ctx.saved_tensors)]
+        g_scale, g_alpha, g_shift = map(torch.cat, zip(*sums))
         return None, g_scale, None, g_log_s, g_alpha, g_shift, None, None
+
+
+def gradients(g_log_s, g, w, scale, log_s_elem, alpha, codes, quantized, filtering):
+    """The formulas of `Quantize` for some groups. Fills g_log_s; returns those of scale, alpha and shift."""
+    u = transform(w, scale, log_s_elem)
+    g_v = g * scale
+    if filtering:
+        distance = (quantized / scale).sub_(u).abs_()  # |q - v|
+        g_v.masked_fill_(distance > alpha.abs().amin(1, keepdim=True), 0)
+    g_shift, n_bits = g_v.sum(1, keepdim=True), alpha.shape[1]
+    plus = [(g_v * ((codes >> (n_bits - 1 - i)) & 1)).sum(1, keepdim=True) for i in range(n_bits)]
+    g_alpha = 2 * torch.cat(plus, 1) - g_shift  # the sum where b_i = +1 minus the sum where it is -1
+    torch.mul(g_v, u, out=g_log_s).neg_()
+    g_scale = ((g * quantized).sum(1, keepdim=True) + g_log_s.sum(1, keepdim=True)) / scale
+    return g_scale, g_alpha, g_shift
 
 
 def transform(w: Tensor, scale: Tensor, log_s_elem: Tensor | None) -> Tensor:

@@ -271,6 +271,20 @@ def test_switches_decide_what_is_learned(method, names):
     assert {name for name, p in random_layer("flexbcq", 3, 64).named_parameters() if p.requires_grad} >= names
 
 
+@pytest.mark.parametrize("fused", (True, False))
+def test_optimizers_change_parameters_and_nothing_else(fused):
+    """A fused optimizer writes through the memory of its parameters: they must not be strided or share it."""
+    layer = random_layer("flexbcq", 3, 64)
+    parameters, buffers = dict(layer.named_parameters()), {name: b.clone() for name, b in layer.named_buffers()}
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    for p in parameters.values():
+        p.grad = torch.ones_like(p)
+    torch.optim.SGD(parameters.values(), lr=0.5, fused=fused).step()
+    for name, p in parameters.items():
+        torch.testing.assert_close(p.detach(), before[name] - 0.5)
+    assert all(torch.equal(b, buffers[name]) for name, b in layer.named_buffers())
+
+
 def test_training_on_correlated_inputs_beats_looking_at_the_weights_alone():
     torch.manual_seed(0)
     weight = torch.randn(64, 128)
