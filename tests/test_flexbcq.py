@@ -1,6 +1,7 @@
 """The method: levels, mapping, alternating update, gradient, fold."""
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -283,6 +284,24 @@ def test_optimizers_change_parameters_and_nothing_else(fused):
     for name, p in parameters.items():
         torch.testing.assert_close(p.detach(), before[name] - 0.5)
     assert all(torch.equal(b, buffers[name]) for name, b in layer.named_buffers())
+
+
+def test_training_holds_at_most_24_bytes_per_weight(tmp_path):
+    """Weights, codes, parameters, gradients, Adam and temporaries of a chain of four layers, by PyTorch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        chain = [FlexBCQLinear(torch.randn(1024, 1024).bfloat16(), 3, n_ratios=1) for _ in range(4)]
+        optimizer = torch.optim.Adam([p for layer in chain for p in layer.parameters()], fused=True)
+        for _ in range(3):
+            for layer in chain:
+                layer.remap()
+            torch.nn.Sequential(*chain)(torch.ones(1, 1024)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+    peak = max(itertools.accumulate(change for _, change in changes))
+    assert 15 < peak / (4 * 1024 * 1024) <= 24
 
 
 def test_training_on_correlated_inputs_beats_looking_at_the_weights_alone():
