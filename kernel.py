@@ -13,13 +13,36 @@ CPU. Rows are padded with zeros to a multiple of 32. Storage is n_bits + 16 (n_b
 
 `codes` are the bits of one weight as an integer, plane 0 the most significant: for a uniform quantizer, where
 alpha halves from plane to plane, they are the familiar 0 .. 2^n_bits - 1.
+
+Up to 8 tokens at a time are multiplied straight from the bit-planes, by the first of these paths that a machine offers:
+
+    on a GPU    fast, readable         kernel.cu, both are explained there
+    on a CPU    avx512, avx2, scalar   kernel.cpp
+    anywhere    torch                  plain PyTorch: dequantize, then a matrix product
+
+The environment variable FLEXBCQ_KERNEL=NAME forces one. The kernels are compiled when first needed, into build/.
+`python kernel.py` measures them on this machine.
 """
+
+import argparse
+import functools
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
+from tqdm import tqdm
 
 TILE = 32  # rows side by side, and columns in a word
+MAX_BATCH = 8  # tokens that the kernels take at once
+BUILD = Path(__file__).with_name("build") / f"python{sys.version_info[0]}.{sys.version_info[1]}-torch{torch.__version__}"
 
 
 def columns_per_group(in_features: int, group_size: int) -> int:
@@ -79,6 +102,52 @@ def unpack(bit_planes: Tensor, out_features: int) -> Tensor:
     return codes
 
 
+@functools.cache
+def library() -> ModuleType | None:
+    """kernel.cpp, and kernel.cu where there is a GPU, compiled at the first call; None where that is not possible."""
+    from torch.utils import cpp_extension  # takes a second
+
+    here, with_cuda = Path(__file__).parent, torch.cuda.is_available() and cpp_extension.CUDA_HOME is not None
+    sources = [here / "kernel.cpp"] + ([here / "kernel.cu"] if with_cuda else [])
+    # -fopenmp is for compiling only: at link time it would bring a second thread pool beside the one PyTorch comes with;
+    # without -fno-tree-ter GCC undoes the order of the innermost loop, and every addition waits for the one before
+    flags = ["-O3", "-fopenmp", "-fno-tree-ter", "-Wno-psabi"] + ["-DWITH_CUDA"] * with_cuda
+    try:
+        import ninja
+
+        os.environ["PATH"] += os.pathsep + ninja.BIN_DIR  # not on it in a virtual environment that is not activated
+        BUILD.mkdir(parents=True, exist_ok=True)
+        built = sorted(BUILD.glob("*.so"))
+        if not built or built[0].stat().st_mtime < max(file.stat().st_mtime for file in sources):
+            print(f"compiling {', '.join(file.name for file in sources)}, once, about a minute ...", file=sys.stderr)
+            (BUILD / "lock").unlink(missing_ok=True)  # a killed build leaves one, and the next would wait for it
+        return cpp_extension.load(
+            "flexbcq_kernel", list(map(str, sources)), build_directory=str(BUILD), with_cuda=with_cuda,
+            extra_cflags=flags, extra_cuda_cflags=["-O3"],
+        )  # fmt: skip
+    except Exception as error:  # whatever it is, plain PyTorch does the same, slower
+        print(f"no compiled kernels ({str(error).splitlines()[0]}): on with plain PyTorch", file=sys.stderr)
+        return None
+
+
+@functools.cache
+def paths(device_type: str) -> list[str]:
+    """The paths there are on "cpu" or "cuda", best first; the last one is always "torch".
+
+    With FLEXBCQ_KERNEL set only that one. Raises ValueError if this machine does not have it."""
+    forced = os.environ.get("FLEXBCQ_KERNEL")
+    if forced == "torch" or device_type not in ("cpu", "cuda") or library() is None:
+        found = []
+    elif device_type == "cpu":
+        found = library().cpu_paths()
+    else:
+        found = ["fast", "readable"] if hasattr(library(), "cuda") else []
+    found.append("torch")
+    if forced and forced not in found:
+        raise ValueError(f"FLEXBCQ_KERNEL={forced}: this machine offers {', '.join(found)}")
+    return [forced] if forced else found
+
+
 class BCQLinear(nn.Module):
     """y = x @ W.T with W held as bit-planes. Built empty; filled by `from_codes` or `load_state_dict`.
 
@@ -125,8 +194,143 @@ class BCQLinear(nn.Module):
         return weight.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in_features) -> (..., out_features) in the dtype of x."""
-        return F.linear(x, self.dequantize(x.dtype))
+        """x: (..., in_features) -> (..., out_features) in the dtype of x. Raises ValueError on another width or device.
+
+        A few tokens are multiplied from the bit-planes; many, or ones that need gradients, by the dequantized weight."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x has {x.shape[-1]} columns, the weight has in_features {self.in_features}")
+        n_tokens, path = x.numel() // self.in_features, "torch"
+        if 1 <= n_tokens <= MAX_BATCH and not x.requires_grad:
+            path = paths(self.bit_planes.device.type)[0]
+        if path == "torch":
+            return F.linear(x, self.dequantize(x.dtype))
+        y = library().multiply(
+            x.reshape(n_tokens, -1), self.bit_planes, self.alpha, self.shift, self.out_features, path
+        )
+        return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, n_bits={self.n_bits}, group_size={self.group_size}"
+
+
+# -------------------------------------------------------------------------------------------------- measure it
+
+
+def random_layer(out_features: int, in_features: int, n_bits: int, group_size: int, device="cpu") -> BCQLinear:
+    """A layer of random bits, for measuring and testing."""
+    layer = BCQLinear(in_features, out_features, n_bits, group_size)
+    layer.bit_planes.random_(-(2**31), 2**31)
+    layer.alpha.uniform_(0.1, 1)
+    layer.shift.normal_()
+    return layer.to(device)
+
+
+def medians(contestants: dict[str, list[Callable]], device: torch.device, n_rounds: int) -> dict[str, float]:
+    """Median seconds of one call. Each contestant is a list of calls that do the same with copies of their data, more
+    than a cache holds; they take turns, so that what slows the machine down hits them alike."""
+    seconds = {name: [] for name in contestants}
+    timer = _seconds_cuda if device.type == "cuda" else _seconds_cpu
+    for calls in contestants.values():
+        timer(calls)  # warm up
+    for _ in range(n_rounds):
+        for name, calls in contestants.items():
+            seconds[name] += timer(calls)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _seconds_cpu(calls: list[Callable]) -> list[float]:
+    seconds = []
+    for call in calls:
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def _seconds_cuda(calls: list[Callable]) -> list[float]:
+    """All calls in one CUDA graph, so that launching them from Python is not what is measured."""
+    graph, start, stop = torch.cuda.CUDAGraph(), torch.cuda.Event(True), torch.cuda.Event(True)
+    for call in calls:
+        call()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    seconds = []
+    for _ in range(5):
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        seconds.append(start.elapsed_time(stop) / 1000 / len(calls))
+    return seconds[1:]
+
+
+def measure(shape: tuple[int, int], n_bits: int, args: argparse.Namespace) -> list[dict]:
+    """One row of the table per batch size: ours and F.linear, in turns."""
+    device, (out_features, in_features) = torch.device(args.device), shape
+    layers = [random_layer(*shape, n_bits, args.group_size, device)]
+    size = sum(t.nbytes for t in layers[0].buffers())
+    layers += [random_layer(*shape, n_bits, args.group_size, device) for _ in range(min(99, int(2.4e8 // size)))]
+    dense = [torch.float16] if device.type == "cuda" else [torch.float32, torch.bfloat16]
+    n_copies = 1 + int(2.4e8 // (out_features * in_features * 2))
+    weights = {t: [torch.randn(shape, device=device).to(t) for _ in range(n_copies)] for t in dense}
+    stream, rows = torch.randn(2**26, device=device), []
+    for batch in args.batch:
+        x = {dtype: torch.randn(batch, in_features, device=device, dtype=dtype) for dtype in dense}
+        ours = [functools.partial(layer, x[dense[0]]) for layer in layers]
+        contestants = {"bcq": ours, "read": [stream.sum]}
+        contestants |= {str(t): [functools.partial(F.linear, x[t], w) for w in weights[t]] for t in dense}
+        seconds = medians(contestants, device, args.rounds)
+        speed, read = size / seconds["bcq"] / 1e9, stream.nbytes / seconds["read"] / 1e9
+        row = {"out x in": f"{out_features} x {in_features}", "bits": n_bits, "batch": batch}
+        row |= {"us": f"{seconds['bcq'] * 1e6:.0f}", "GB/s": f"{speed:.1f}", "% of read": f"{100 * speed / read:.0f}"}
+        for dtype in dense:
+            row[f"x F.linear {str(dtype)[6:]}"] = f"{seconds[str(dtype)] / seconds['bcq']:.1f}"
+        rows.append(row | {"read GB/s": f"{read:.1f}"})
+    return rows
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """GB/s of weights against bits, a line per shape at the smallest batch, and the read bandwidth as the roof."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    first = [row for row in rows if row["batch"] == rows[0]["batch"]]
+    for shape, marker, color in zip(dict.fromkeys(r["out x in"] for r in first), "osD^", ("#0072B2", "#D55E00", "#009E73", "#CC79A7")):  # fmt: skip
+        points = [(r["bits"], float(r["GB/s"])) for r in first if r["out x in"] == shape]
+        axes.plot(*zip(*points), marker=marker, color=color, label=shape)
+    roof = statistics.median(float(row["read GB/s"]) for row in rows)
+    axes.axhline(roof, color="black", linestyle="--", label="read bandwidth")
+    axes.set(xlabel="bits per weight (planes)", ylabel="weights read, GB/s", ylim=(0, None))
+    axes.set(title=f"y = x W^T from bit-planes, batch {rows[0]['batch']}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the kernels of this machine against F.linear.")
+    add = parser.add_argument
+    add("--shapes", nargs="+", default=["8192x28672", "14336x4096"], help="out x in (default: %(default)s)")
+    add("--bits", nargs="+", type=int, default=[2, 3, 4], help="(default: %(default)s)")
+    add("--batch", nargs="+", type=int, default=[1, 4, 8], help="tokens at once (default: %(default)s)")
+    add("--group-size", type=int, default=128, help="-1: a row (default: %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    add("--rounds", type=int, default=15, help="measurements each, the median counts (default: %(default)s)")
+    add("--out", default="benchmark", help="writes OUT.md and OUT.png (default: %(default)s)")
+    args = parser.parse_args()
+    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
+    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    title = f"{name}, groups of {args.group_size}, path {paths(args.device.split(':')[0])[0]}"
+    jobs = [(shape, n_bits) for shape in shapes for n_bits in args.bits]
+    with torch.inference_mode():
+        rows = [row for job in tqdm(jobs, leave=False) for row in measure(*job, args)]
+    lines = [list(rows[0]), ["---:"] * len(rows[0]), *(map(str, row.values()) for row in rows)]
+    table = f"{title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    Path(args.out + ".md").write_text(table, "utf-8")
+    plot(rows, Path(args.out + ".png"))
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

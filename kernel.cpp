@@ -1,0 +1,272 @@
+// y = x W^T from bit-planes on a CPU, and the door to the CUDA kernels of kernel.cu. The layout is in kernel.py.
+//
+// With w = sum_i alpha_i b_i + shift, a row of a group contributes
+//     sum_i alpha_i * (sum_j b_ij x_j)  +  shift * (sum_j x_j)
+// and the inner sums are looked up instead of added up: for every few columns, the sums of +-x_j over all sign patterns
+// make a table that just fits into one vector register, and the bits of a plane, 8 or 16 rows at a time, are the
+// indices into it. One shuffle is thus 8 x 3 (AVX2) or 16 x 4 (AVX-512) multiplications by +-1.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#ifdef WITH_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+extern "C" size_t bcq_matmul_workspace_bytes(int in_features);
+extern "C" const char* bcq_matmul_cuda(const void* bit_planes, const void* alpha, const void* shift, const void* x,
+                                       void* y, void* workspace, int type, int batch, int in_features,
+                                       int out_features, int n_bits, int group_size, int path, void* stream);
+#endif
+
+constexpr int TILE = 32;  // rows side by side, and columns in a word
+constexpr int MAX_BATCH = 8;
+
+struct Job {
+    const int32_t* planes;    // (n_bits, tiles, words, 32)
+    const uint16_t* alpha;    // (n_bits, tiles, groups, 32) fp16
+    const uint16_t* shift;    // (tiles, groups, 32) fp16
+    const float* x;           // (batch, 32 * words)
+    float* y;                 // (batch, out_features)
+    const float* tables;      // (batch, words, lookups in a word, lanes), unless scalar
+    const float* sums;        // (batch, groups): of x
+    int64_t n_bits, tiles, words, groups, batch, out_features;
+};
+
+// 32 finite fp16 numbers: their exponents are 112 too small, which also serves subnormal ones.
+__attribute__((always_inline)) static inline void half_to_float(const uint16_t* half, float* out) {
+    for (int r = 0; r < TILE; r++) {
+        const uint32_t magnitude = (half[r] & 0x7fffu) << 13;
+        float value;
+        std::memcpy(&value, &magnitude, 4);
+        out[r] = value * (half[r] >> 15 ? -0x1p112f : 0x1p112f);
+    }
+}
+
+// What all paths share: walk over the tiles [begin, end), the groups and the tokens; `add_dots` adds to dots[32] what
+// the words [first, last) of one plane contribute to the 32 rows of a tile.
+template <class AddDots>
+__attribute__((always_inline)) static inline void multiply_tiles(
+    const Job& job, int64_t begin, int64_t end, AddDots add_dots) {
+    constexpr int64_t some_words = 4;  // their planes stay in the L1 cache while one token after the other needs them
+    const int64_t words_per_group = job.words / job.groups;
+    float dots[MAX_BATCH][8][TILE], y[MAX_BATCH][TILE];  // [token][plane][row], [token][row]
+    for (int64_t t = begin; t < end; t++) {
+        std::memset(y, 0, sizeof y);
+        for (int64_t g = 0; g < job.groups; g++) {
+            const int64_t start = g * words_per_group, stop = start + words_per_group;
+            for (int64_t b = 0; b < job.batch; b++) std::memset(dots[b], 0, job.n_bits * sizeof dots[b][0]);
+            for (int64_t c = start; c < stop; c += some_words)
+                for (int64_t b = 0; b < job.batch; b++)
+                    for (int64_t i = 0; i < job.n_bits; i++)
+                        add_dots(job.planes + (i * job.tiles + t) * job.words * TILE, b, c,
+                                 std::min(c + some_words, stop), dots[b][i]);
+            float scale[TILE];
+            for (int64_t i = 0; i < job.n_bits; i++) {
+                half_to_float(job.alpha + ((i * job.tiles + t) * job.groups + g) * TILE, scale);
+                for (int64_t b = 0; b < job.batch; b++)
+                    for (int r = 0; r < TILE; r++) y[b][r] += scale[r] * dots[b][i][r];
+            }
+            half_to_float(job.shift + (t * job.groups + g) * TILE, scale);
+            for (int64_t b = 0; b < job.batch; b++)
+                for (int r = 0; r < TILE; r++) y[b][r] += scale[r] * job.sums[b * job.groups + g];
+        }
+        const int64_t rows = std::min<int64_t>(TILE, job.out_features - t * TILE);
+        for (int64_t b = 0; b < job.batch; b++)
+            std::memcpy(job.y + b * job.out_features + t * TILE, y[b], rows * sizeof(float));
+    }
+}
+
+static void scalar(const Job& job, int64_t begin, int64_t end) {
+    multiply_tiles(job, begin, end, [&](const int32_t* plane, int64_t b, int64_t first, int64_t last, float* dots) {
+        for (int64_t c = first; c < last; c++)
+            for (int r = 0; r < TILE; r++)
+                for (int j = 0; j < TILE; j++) {
+                    float x = job.x[(b * job.words + c) * TILE + j];
+                    dots[r] += plane[c * TILE + r] >> j & 1 ? x : -x;
+                }
+    });
+}
+
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
+#define LOOKUP
+template <int LANES>
+struct Vector {  // may be loaded from any address that its elements may have
+    typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+    typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+};
+
+template <int LANES>
+__attribute__((always_inline)) static inline void lookup(const Job& job, int64_t begin, int64_t end) {
+    using Floats = typename Vector<LANES>::Floats;
+    using Words = typename Vector<LANES>::Words;
+    constexpr int columns = LANES == 16 ? 4 : 3, lookups = (TILE + columns - 1) / columns, parts = TILE / LANES;
+    auto add_dots = [&](const int32_t* plane, int64_t b, int64_t first, int64_t last, float* dots)
+                        __attribute__((always_inline)) {
+        Floats sum[parts];
+        for (int p = 0; p < parts; p++) sum[p] = ((const Floats*)dots)[p];
+        for (int64_t c = first; c < last; c++) {
+            const Floats* table = (const Floats*)job.tables + (b * job.words + c) * lookups;
+            Words word[parts];
+            for (int p = 0; p < parts; p++) word[p] = ((const Words*)(plane + c * TILE))[p];
+#pragma GCC unroll 11
+            for (int l = 0; l < lookups; l++) {
+                Floats entries = table[l];
+                for (int p = 0; p < parts; p++) {
+                    sum[p] += __builtin_shuffle(entries, word[p]);  // by the low 3 or 4 bits of each word
+                    word[p] >>= columns;
+                }
+            }
+        }
+        for (int p = 0; p < parts; p++) ((Floats*)dots)[p] = sum[p];
+    };
+    multiply_tiles(job, begin, end, add_dots);
+}
+
+__attribute__((target("avx512f,fma"))) static void avx512(const Job& job, int64_t begin, int64_t end) {
+    lookup<16>(job, begin, end);
+}
+__attribute__((target("avx2,fma"))) static void avx2(const Job& job, int64_t begin, int64_t end) {
+    lookup<8>(job, begin, end);
+}
+static void emulated(const Job& job, int64_t begin, int64_t end) {  // 16 lanes without AVX-512: slow, for tests
+    lookup<16>(job, begin, end);
+}
+#endif
+
+struct Path {
+    std::string name;
+    int lanes, columns;  // of a table
+    void (*run)(const Job&, int64_t, int64_t);
+};
+
+// The paths of this CPU, best first, and one more for tests.
+static std::vector<Path> cpu_paths() {
+    std::vector<Path> paths;
+#ifdef LOOKUP
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("fma")) paths.push_back({"avx512", 16, 4, avx512});
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) paths.push_back({"avx2", 8, 3, avx2});
+#endif
+    paths.push_back({"scalar", 0, TILE, scalar});
+#ifdef LOOKUP
+    paths.push_back({"emulated", 16, 4, emulated});
+#endif
+    return paths;
+}
+
+// tables[c][l][e] = the sum of +-x_j over the columns of lookup l in word c, + where bit j of e is set; columns beyond
+// the word count 0. sums[g] = the sum of x over group g.
+static void prepare(const float* x, const Job& job, const Path& path, float* tables, float* sums) {
+    const int64_t columns_per_group = job.words / job.groups * TILE;
+    for (int64_t g = 0; g < job.groups; g++) {
+        sums[g] = 0;
+        for (int64_t j = 0; j < columns_per_group; j++) sums[g] += x[g * columns_per_group + j];
+    }
+    if (path.lanes == 0) return;
+    for (int64_t c = 0; c < job.words; c++)
+        for (int first = 0; first < TILE; first += path.columns, tables += path.lanes) {
+            const int columns = std::min(path.columns, TILE - first);
+            for (int e = 0; e < path.lanes; e++) {
+                tables[e] = 0;
+                for (int j = 0; j < columns; j++) {
+                    const float value = x[c * TILE + first + j];
+                    tables[e] += e >> j & 1 ? value : -value;
+                }
+            }
+        }
+}
+
+static void check(const at::Tensor& x, const at::Tensor& planes, const at::Tensor& alpha, const at::Tensor& shift,
+                  int64_t out_features) {
+    const int64_t tiles = (out_features + TILE - 1) / TILE;
+    TORCH_CHECK_VALUE(x.dim() == 2 && x.is_floating_point(), "x is ", x.scalar_type(), " of shape ", x.sizes(),
+                      ", expected floats of shape (batch, in_features)");
+    TORCH_CHECK_VALUE(x.size(0) >= 1 && x.size(0) <= MAX_BATCH, "a batch of ", x.size(0), ": 1 to 8 are possible");
+    TORCH_CHECK_VALUE(planes.dim() == 4 && planes.size(3) == TILE && alpha.dim() == 4,
+                      "bit_planes ", planes.sizes(), " and alpha ", alpha.sizes(), " are not laid out as in kernel.py");
+    const int64_t n_bits = planes.size(0), words = planes.size(2), groups = alpha.size(2);
+    TORCH_CHECK_VALUE(n_bits >= 1 && n_bits <= 8, n_bits, " bit-planes: 1 to 8 are possible");
+    TORCH_CHECK_VALUE(x.size(1) == TILE * words, "x has ", x.size(1), " columns, the bit-planes have ", TILE * words);
+    TORCH_CHECK_VALUE(planes.size(1) == tiles, "the bit-planes hold ", planes.size(1), " tiles of 32 rows, ",
+                      out_features, " rows need ", tiles);
+    TORCH_CHECK_VALUE(groups >= 1 && words % groups == 0, groups, " groups do not divide ", words, " words");
+    const at::DimVector alpha_shape{n_bits, tiles, groups, TILE}, shift_shape{tiles, groups, TILE};
+    TORCH_CHECK_VALUE(alpha.sizes() == alpha_shape, "alpha is ", alpha.sizes(), ", expected ", at::IntArrayRef(alpha_shape));
+    TORCH_CHECK_VALUE(shift.sizes() == shift_shape, "shift is ", shift.sizes(), ", expected ", at::IntArrayRef(shift_shape));
+    TORCH_CHECK_VALUE(planes.scalar_type() == at::kInt && alpha.scalar_type() == at::kHalf &&
+                          shift.scalar_type() == at::kHalf,
+                      "bit_planes, alpha, shift are ", planes.scalar_type(), ", ", alpha.scalar_type(), ", ",
+                      shift.scalar_type(), ", expected int32, fp16, fp16");
+    for (const auto& tensor : {planes, alpha, shift}) {
+        TORCH_CHECK_VALUE(tensor.is_contiguous(), "bit_planes, alpha and shift must be contiguous");
+        TORCH_CHECK_VALUE(tensor.device() == x.device(), "x is on ", x.device(), ", the weight on ", tensor.device());
+    }
+}
+
+static at::Tensor multiply_cpu(const at::Tensor& x, const at::Tensor& planes, const at::Tensor& alpha,
+                               const at::Tensor& shift, int64_t out_features, const Path& path) {
+    const auto x32 = x.to(at::kFloat).contiguous();
+    const int64_t batch = x.size(0), words = planes.size(2), groups = alpha.size(2);
+    const int64_t table_size = words * ((TILE + path.columns - 1) / path.columns) * path.lanes;
+    auto y = at::empty({batch, out_features}, x32.options());
+    auto tables = at::empty({batch * table_size}, x32.options()), sums = at::empty({batch * groups}, x32.options());
+    float *table = tables.mutable_data_ptr<float>(), *sum = sums.mutable_data_ptr<float>();
+    const Job job{planes.const_data_ptr<int32_t>(), (const uint16_t*)alpha.const_data_ptr(),
+                  (const uint16_t*)shift.const_data_ptr(), x32.const_data_ptr<float>(), y.mutable_data_ptr<float>(),
+                  table, sum, planes.size(0), planes.size(1), words, groups, batch, out_features};
+    for (int64_t b = 0; b < batch; b++)
+        prepare(job.x + b * x.size(1), job, path, table + b * table_size, sum + b * groups);
+    at::parallel_for(0, job.tiles, 1, [&](int64_t begin, int64_t end) { path.run(job, begin, end); });
+    return y.to(x.scalar_type());
+}
+
+#ifdef WITH_CUDA
+static at::Tensor multiply_cuda(const at::Tensor& x, const at::Tensor& planes, const at::Tensor& alpha,
+                                const at::Tensor& shift, int64_t out_features, const std::string& path) {
+    const c10::cuda::CUDAGuard guard(x.device());
+    const auto input = x.contiguous();
+    auto y = at::empty({x.size(0), out_features}, x.options());
+    auto workspace = at::empty({(int64_t)bcq_matmul_workspace_bytes(x.size(1))}, x.options().dtype(at::kByte));
+    const int type = x.scalar_type() == at::kFloat ? 0 : x.scalar_type() == at::kHalf ? 1
+                     : x.scalar_type() == at::kBFloat16 ? 2 : 3;
+    const char* error = bcq_matmul_cuda(
+        planes.const_data_ptr(), alpha.const_data_ptr(), shift.const_data_ptr(), input.const_data_ptr(),
+        y.mutable_data_ptr(), workspace.mutable_data_ptr(), type, x.size(0), x.size(1), out_features, planes.size(0),
+        x.size(1) / alpha.size(2), path == "readable" ? 1 : path == "fast" ? 2 : 0, c10::cuda::getCurrentCUDAStream());
+    TORCH_CHECK_VALUE(error == nullptr, error);
+    return y;
+}
+#endif
+
+// x: (batch, in_features), batch 1..8; the rest as in kernel.py. Returns (batch, out_features) in the dtype of x.
+static at::Tensor multiply(const at::Tensor& x, const at::Tensor& planes, const at::Tensor& alpha,
+                           const at::Tensor& shift, int64_t out_features, const std::string& name) {
+    check(x, planes, alpha, shift, out_features);
+#ifdef WITH_CUDA
+    if (x.is_cuda()) return multiply_cuda(x, planes, alpha, shift, out_features, name);
+#endif
+    TORCH_CHECK_VALUE(x.is_cpu(), "no kernel for ", x.device());
+    static const std::vector<Path> paths = cpu_paths();
+    for (const Path& path : paths)
+        if (path.name == name) return multiply_cpu(x, planes, alpha, shift, out_features, path);
+    TORCH_CHECK_VALUE(false, "this CPU has no path called ", name);
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+    module.def("multiply", &multiply);
+#ifdef WITH_CUDA
+    module.attr("cuda") = true;
+#endif
+    module.def("cpu_paths", [] {
+        std::vector<std::string> names;
+        for (const Path& path : cpu_paths()) names.push_back(path.name);
+        return names;
+    });
+}
