@@ -161,8 +161,8 @@ static std::vector<Path> cpu_paths() {
     return paths;
 }
 
-// tables[c][l][e] = the sum of +-x_j over the columns of lookup l in word c, + where bit j of e is set; columns beyond
-// the word count 0. sums[g] = the sum of x over group g.
+// tables[c][l][e] = the sum of +-x_j over the columns of lookup l in word c, + where bit j of e is set (columns beyond
+// the word count 0). sums[g] = the sum of x over group g.
 static void prepare(const float* x, const Job& job, const Path& path, float* tables, float* sums) {
     const int64_t columns_per_group = job.words / job.groups * TILE;
     for (int64_t g = 0; g < job.groups; g++) {
@@ -172,28 +172,26 @@ static void prepare(const float* x, const Job& job, const Path& path, float* tab
     if (path.lanes == 0) return;
     for (int64_t c = 0; c < job.words; c++)
         for (int first = 0; first < TILE; first += path.columns, tables += path.lanes) {
-            const int columns = std::min(path.columns, TILE - first);
-            for (int e = 0; e < path.lanes; e++) {
-                tables[e] = 0;
-                for (int j = 0; j < columns; j++) {
-                    const float value = x[c * TILE + first + j];
-                    tables[e] += e >> j & 1 ? value : -value;
-                }
-            }
+            const float* columns = x + c * TILE + first;
+            tables[0] = 0;
+            for (int j = 0; j < path.columns && first + j < TILE; j++) tables[0] -= columns[j];
+            for (int j = 0; j < path.columns; j++)  // the entries with bit j set, from those without
+                for (int e = 0; e < 1 << j; e++) tables[e + (1 << j)] = tables[e] + (first + j < TILE ? 2 * columns[j] : 0);
         }
 }
 
 static void check(const at::Tensor& x, const at::Tensor& planes, const at::Tensor& alpha, const at::Tensor& shift,
                   int64_t out_features) {
     const int64_t tiles = (out_features + TILE - 1) / TILE;
-    TORCH_CHECK_VALUE(x.dim() == 2 && x.is_floating_point(), "x is ", x.scalar_type(), " of shape ", x.sizes(),
-                      ", expected floats of shape (batch, in_features)");
-    TORCH_CHECK_VALUE(x.size(0) >= 1 && x.size(0) <= MAX_BATCH, "a batch of ", x.size(0), ": 1 to 8 are possible");
+    TORCH_CHECK_VALUE(x.dim() >= 1 && x.is_floating_point(), "x is ", x.scalar_type(), " of shape ", x.sizes(),
+                      ", expected floats of shape (..., in_features)");
     TORCH_CHECK_VALUE(planes.dim() == 4 && planes.size(3) == TILE && alpha.dim() == 4,
                       "bit_planes ", planes.sizes(), " and alpha ", alpha.sizes(), " are not laid out as in kernel.py");
     const int64_t n_bits = planes.size(0), words = planes.size(2), groups = alpha.size(2);
     TORCH_CHECK_VALUE(n_bits >= 1 && n_bits <= 8, n_bits, " bit-planes: 1 to 8 are possible");
-    TORCH_CHECK_VALUE(x.size(1) == TILE * words, "x has ", x.size(1), " columns, the bit-planes have ", TILE * words);
+    TORCH_CHECK_VALUE(x.size(-1) == TILE * words, "x has ", x.size(-1), " columns, the bit-planes have ", TILE * words);
+    TORCH_CHECK_VALUE(1 <= x.numel() && x.numel() <= MAX_BATCH * TILE * words, x.numel() / (TILE * words),
+                      " rows of x: 1 to 8 are possible");
     TORCH_CHECK_VALUE(planes.size(1) == tiles, "the bit-planes hold ", planes.size(1), " tiles of 32 rows, ",
                       out_features, " rows need ", tiles);
     TORCH_CHECK_VALUE(groups >= 1 && words % groups == 0, groups, " groups do not divide ", words, " words");
@@ -210,19 +208,25 @@ static void check(const at::Tensor& x, const at::Tensor& planes, const at::Tenso
     }
 }
 
+static at::DimVector shape_of_result(const at::Tensor& x, int64_t out_features) {
+    at::DimVector shape(x.sizes());
+    shape.back() = out_features;
+    return shape;
+}
+
 static at::Tensor multiply_cpu(const at::Tensor& x, const at::Tensor& planes, const at::Tensor& alpha,
                                const at::Tensor& shift, int64_t out_features, const Path& path) {
     const auto x32 = x.to(at::kFloat).contiguous();
-    const int64_t batch = x.size(0), words = planes.size(2), groups = alpha.size(2);
+    const int64_t words = planes.size(2), groups = alpha.size(2), batch = x.numel() / (TILE * words);
     const int64_t table_size = words * ((TILE + path.columns - 1) / path.columns) * path.lanes;
-    auto y = at::empty({batch, out_features}, x32.options());
-    auto tables = at::empty({batch * table_size}, x32.options()), sums = at::empty({batch * groups}, x32.options());
-    float *table = tables.mutable_data_ptr<float>(), *sum = sums.mutable_data_ptr<float>();
+    auto y = at::empty(shape_of_result(x, out_features), x32.options());
+    const auto scratch = at::empty({batch * (table_size + groups)}, x32.options());
+    float *table = scratch.mutable_data_ptr<float>(), *sum = table + batch * table_size;
     const Job job{planes.const_data_ptr<int32_t>(), (const uint16_t*)alpha.const_data_ptr(),
                   (const uint16_t*)shift.const_data_ptr(), x32.const_data_ptr<float>(), y.mutable_data_ptr<float>(),
                   table, sum, planes.size(0), planes.size(1), words, groups, batch, out_features};
     for (int64_t b = 0; b < batch; b++)
-        prepare(job.x + b * x.size(1), job, path, table + b * table_size, sum + b * groups);
+        prepare(job.x + b * words * TILE, job, path, table + b * table_size, sum + b * groups);
     at::parallel_for(0, job.tiles, 1, [&](int64_t begin, int64_t end) { path.run(job, begin, end); });
     return y.to(x.scalar_type());
 }
@@ -232,20 +236,21 @@ static at::Tensor multiply_cuda(const at::Tensor& x, const at::Tensor& planes, c
                                 const at::Tensor& shift, int64_t out_features, const std::string& path) {
     const c10::cuda::CUDAGuard guard(x.device());
     const auto input = x.contiguous();
-    auto y = at::empty({x.size(0), out_features}, x.options());
-    auto workspace = at::empty({(int64_t)bcq_matmul_workspace_bytes(x.size(1))}, x.options().dtype(at::kByte));
+    const int64_t in_features = x.size(-1), batch = x.numel() / in_features;
+    auto y = at::empty(shape_of_result(x, out_features), x.options());
+    auto workspace = at::empty({(int64_t)bcq_matmul_workspace_bytes(in_features)}, x.options().dtype(at::kByte));
     const int type = x.scalar_type() == at::kFloat ? 0 : x.scalar_type() == at::kHalf ? 1
                      : x.scalar_type() == at::kBFloat16 ? 2 : 3;
     const char* error = bcq_matmul_cuda(
         planes.const_data_ptr(), alpha.const_data_ptr(), shift.const_data_ptr(), input.const_data_ptr(),
-        y.mutable_data_ptr(), workspace.mutable_data_ptr(), type, x.size(0), x.size(1), out_features, planes.size(0),
-        x.size(1) / alpha.size(2), path == "readable" ? 1 : path == "fast" ? 2 : 0, c10::cuda::getCurrentCUDAStream());
+        y.mutable_data_ptr(), workspace.mutable_data_ptr(), type, batch, in_features, out_features, planes.size(0),
+        in_features / alpha.size(2), path == "readable" ? 1 : path == "fast" ? 2 : 0, c10::cuda::getCurrentCUDAStream());
     TORCH_CHECK_VALUE(error == nullptr, error);
     return y;
 }
 #endif
 
-// x: (batch, in_features), batch 1..8; the rest as in kernel.py. Returns (batch, out_features) in the dtype of x.
+// x: (..., in_features) with 1 to 8 rows; the rest as in kernel.py. Returns (..., out_features) in the dtype of x.
 static at::Tensor multiply(const at::Tensor& x, const at::Tensor& planes, const at::Tensor& alpha,
                            const at::Tensor& shift, int64_t out_features, const std::string& name) {
     check(x, planes, alpha, shift, out_features);

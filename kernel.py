@@ -199,15 +199,11 @@ class BCQLinear(nn.Module):
         A few tokens are multiplied from the bit-planes; many, or ones that need gradients, by the dequantized weight."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} columns, the weight has in_features {self.in_features}")
-        n_tokens, path = x.numel() // self.in_features, "torch"
-        if 1 <= n_tokens <= MAX_BATCH and not x.requires_grad:
-            path = paths(self.bit_planes.device.type)[0]
+        few = 1 <= x.numel() // self.in_features <= MAX_BATCH
+        path = paths(self.bit_planes.device.type)[0] if few and not x.requires_grad else "torch"
         if path == "torch":
             return F.linear(x, self.dequantize(x.dtype))
-        y = library().multiply(
-            x.reshape(n_tokens, -1), self.bit_planes, self.alpha, self.shift, self.out_features, path
-        )
-        return y.view(*x.shape[:-1], self.out_features)
+        return library().multiply(x, self.bit_planes, self.alpha, self.shift, self.out_features, path)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, n_bits={self.n_bits}, group_size={self.group_size}"

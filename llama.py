@@ -94,9 +94,10 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
     return frequency * (keep + (1 - keep) / rope["factor"])
 
 
-def rope_tables(config: LlamaConfig, length: int, device=None) -> tuple[Tensor, Tensor]:
-    """cos and sin of every rotation angle, each (length, head_dim) float32; the two halves of a head rotate alike."""
-    angles = torch.outer(torch.arange(length).float(), rope_frequencies(config)).repeat(1, 2)
+def rope_tables(config: LlamaConfig, length: int, device=None, start: int = 0) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotation angles of `length` positions from `start` on, each (length, head_dim) float32; the
+    two halves of a head rotate alike."""
+    angles = torch.outer(torch.arange(start, start + length).float(), rope_frequencies(config)).repeat(1, 2)
     return angles.cos().to(device), angles.sin().to(device)
 
 
@@ -153,14 +154,13 @@ class Attention(nn.Module):
             proj(x).view(batch, new, -1, self.head_dim).transpose(1, 2)  # (batch, n_heads, new, head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(torch.cat((q, k), dim=1), cos, sin).split((q.shape[1], k.shape[1]), dim=1)
         if cache is not None:
             k, v = cache.append(k, v)
         past, mask = k.shape[2] - new, None
-        if past:  # query i stands at position past + i and sees everything up to itself
+        if past and new > 1:  # query i stands at position past + i and sees everything up to itself
             mask = torch.ones(new, past + new, dtype=torch.bool, device=x.device).tril(past)
-        k, v = k.repeat_interleave(self.n_rep, dim=1), v.repeat_interleave(self.n_rep, dim=1)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not past)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not past, enable_gqa=self.n_rep > 1)
         return self.o_proj(y.transpose(1, 2).reshape(batch, new, -1))
 
 
@@ -210,11 +210,11 @@ class Llama(nn.Module):
     def forward(self, ids: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """ids: (batch, length) int64 -> logits (batch, length, vocab_size)."""
         start = caches[0].length if caches else 0
-        cos, sin = rope_tables(self.config, start + ids.shape[1], ids.device)
-        x = self.model.embed_tokens(ids)
+        x = self.model.embed_tokens(ids).to(self.model.norm.weight.dtype)
+        cos, sin = (table.to(x.dtype) for table in rope_tables(self.config, ids.shape[1], ids.device, start))
         for i, block in enumerate(self.model.layers):
-            x = block(x, cos[start:], sin[start:], caches[i] if caches else None)
-        return self.lm_head(self.model.norm(x))
+            x = block(x, cos, sin, caches[i] if caches else None)
+        return self.lm_head(self.model.norm(x).to(self.lm_head.weight.dtype))
 
     @torch.inference_mode()
     def generate(self, ids: Tensor, n_tokens: int) -> Tensor:
@@ -324,13 +324,14 @@ class Checkpoint:
         self._fill(lm_head, "model.embed_tokens." if tied else "lm_head.", dtype, device)
         return nn.Sequential(norm, lm_head)
 
-    def model(self, dtype=torch.float32, device="cpu") -> Llama:
-        """The whole model."""
+    def model(self, dtype=torch.float32, device="cpu", head_dtype: torch.dtype | None = None) -> Llama:
+        """The whole model; embedding and lm_head may have a dtype of their own."""
         with torch.device("meta"):
             model = Llama(self.config)
-        model.model.embed_tokens = self.embedding(dtype, device)
+        model.model.embed_tokens = self.embedding(head_dtype or dtype, device)
         model.model.layers = nn.ModuleList(self.block(i, dtype, device) for i in range(self.config.num_hidden_layers))
-        model.model.norm, model.lm_head = self.head(dtype, device)
+        model.model.norm, _ = self.head(dtype, device)
+        _, model.lm_head = self.head(head_dtype or dtype, device)
         if self.config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model
