@@ -27,6 +27,7 @@ The environment variable FLEXBCQ_KERNEL=NAME forces one. The kernels are compile
 import argparse
 import functools
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -42,7 +43,9 @@ from tqdm import tqdm
 
 TILE = 32  # rows side by side, and columns in a word
 MAX_BATCH = 8  # tokens that the kernels take at once
-BUILD = Path(__file__).with_name("build") / f"python{sys.version_info[0]}.{sys.version_info[1]}-torch{torch.__version__}"
+BUILD = (
+    Path(__file__).with_name("build") / f"python{sys.version_info[0]}.{sys.version_info[1]}-torch{torch.__version__}"
+)
 
 
 def columns_per_group(in_features: int, group_size: int) -> int:
@@ -109,10 +112,12 @@ def library() -> ModuleType | None:
 
     here, with_cuda = Path(__file__).parent, torch.cuda.is_available() and cpp_extension.CUDA_HOME is not None
     sources = [here / "kernel.cpp"] + ([here / "kernel.cu"] if with_cuda else [])
-    # -fopenmp is for compiling only: at link time it would bring a second thread pool beside the one PyTorch comes with;
-    # without -fno-tree-ter GCC undoes the order of the innermost loop, and every addition waits for the one before
+    # -fopenmp only when compiling: when linking, it would bring a second thread pool beside PyTorch's; without
+    # -fno-tree-ter GCC undoes the order of the innermost loop, and every addition waits for the one before
     flags = ["-O3", "-fopenmp", "-fno-tree-ter", "-Wno-psabi"] + ["-DWITH_CUDA"] * with_cuda
     try:
+        if shutil.which(os.environ.get("CXX", "c++")) is None:
+            raise OSError("no C++ compiler is installed")
         import ninja
 
         os.environ["PATH"] += os.pathsep + ninja.BIN_DIR  # not on it in a virtual environment that is not activated
@@ -126,7 +131,7 @@ def library() -> ModuleType | None:
             extra_cflags=flags, extra_cuda_cflags=["-O3"],
         )  # fmt: skip
     except Exception as error:  # whatever it is, plain PyTorch does the same, slower
-        print(f"no compiled kernels ({str(error).splitlines()[0]}): on with plain PyTorch", file=sys.stderr)
+        print(f"no compiled kernels ({str(error).splitlines()[0][:150]}): on with plain PyTorch", file=sys.stderr)
         return None
 
 
@@ -196,7 +201,8 @@ class BCQLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) -> (..., out_features) in the dtype of x. Raises ValueError on another width or device.
 
-        A few tokens are multiplied from the bit-planes; many, or ones that need gradients, by the dequantized weight."""
+        A few tokens are multiplied from the bit-planes; many, or those that need gradients, by the dequantized weight.
+        """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} columns, the weight has in_features {self.in_features}")
         few = 1 <= x.numel() // self.in_features <= MAX_BATCH
@@ -291,7 +297,8 @@ def plot(rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     first = [row for row in rows if row["batch"] == rows[0]["batch"]]
-    for shape, marker, color in zip(dict.fromkeys(r["out x in"] for r in first), "osD^", ("#0072B2", "#D55E00", "#009E73", "#CC79A7")):  # fmt: skip
+    looks = zip("osD^", ("#0072B2", "#D55E00", "#009E73", "#CC79A7"))
+    for shape, (marker, color) in zip(dict.fromkeys(row["out x in"] for row in first), looks):
         points = [(r["bits"], float(r["GB/s"])) for r in first if r["out x in"] == shape]
         axes.plot(*zip(*points), marker=marker, color=color, label=shape)
     roof = statistics.median(float(row["read GB/s"]) for row in rows)
