@@ -16,7 +16,7 @@ alpha halves from plane to plane, they are the familiar 0 .. 2^n_bits - 1.
 
 Up to 8 tokens at a time are multiplied straight from the bit-planes, by the first of these paths that a machine offers:
 
-    on a GPU    fast, readable         kernel.cu, both are explained there
+    on a GPU    cuda                   kernel.cu: its fast kernel where the shape allows it, else the readable one
     on a CPU    avx512, avx2, scalar   kernel.cpp
     anywhere    torch                  plain PyTorch: dequantize, then a matrix product
 
@@ -146,7 +146,7 @@ def paths(device_type: str) -> list[str]:
     elif device_type == "cpu":
         found = library().cpu_paths()
     else:
-        found = ["fast", "readable"] if hasattr(library(), "cuda") else []
+        found = ["cuda", "fast", "readable"] if hasattr(library(), "cuda") else []
     found.append("torch")
     if forced and forced not in found:
         raise ValueError(f"FLEXBCQ_KERNEL={forced}: this machine offers {', '.join(found)}")

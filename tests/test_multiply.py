@@ -6,7 +6,7 @@ import torch
 import kernel
 from kernel import BCQLinear, library, paths, random_layer
 
-GPU_PATHS = ("fast", "readable")
+GPU_PATHS = ("cuda", "fast", "readable")
 WIDE = {"AVX2": ["avx2"], "AVX512": ["avx512", "avx2"]}.get(torch.backends.cpu.get_cpu_capability(), [])
 PATHS = [*WIDE, "scalar", "emulated"] + list(GPU_PATHS) * torch.cuda.is_available()
 CASES = [  # out_features, in_features, n_bits, group_size
