@@ -37,7 +37,6 @@ from typing import Callable
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -294,6 +293,8 @@ def measure(shape: tuple[int, int], n_bits: int, args: argparse.Namespace) -> li
 
 def plot(rows: list[dict], path: Path) -> None:
     """GB/s of weights against bits, a line per shape at the smallest batch, and the read bandwidth as the roof."""
+    from matplotlib.figure import Figure  # only here: everything imports this module
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     first = [row for row in rows if row["batch"] == rows[0]["batch"]]

@@ -1,5 +1,9 @@
 """Products straight from bit-planes, on every path of this machine, against float64 from the unpacked bits."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -186,3 +190,30 @@ def test_without_a_compiler_one_line_is_said_and_plain_pytorch_runs(afresh, monk
     torch.testing.assert_close(layer(x), x @ layer.dequantize().T)
     assert paths("cpu") == ["torch"]
     assert capfd.readouterr().err == "no compiled kernels (no C++ compiler is installed): on with plain PyTorch\n"
+
+
+@pytest.mark.slow
+def test_sanitizers_have_nothing_to_say(tmp_path):
+    """Every CPU path on odd shapes, compiled so that reads past an end and undefined behaviour abort the process."""
+    if library() is None:
+        pytest.skip("no compiler")
+    code = f"""
+import torch
+from torch.utils.cpp_extension import load
+from kernel import library, random_layer
+flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-tree-ter", "-Wno-psabi"]
+checked = load("checked", ["kernel.cpp"], build_directory={str(tmp_path)!r}, extra_cflags=flags, extra_ldflags=flags)
+for path in checked.cpu_paths():
+    for out, width, n_bits, size in {[case for case in CASES if case[0] < 100]}:
+        layer = random_layer(out, width, n_bits, size)
+        x = torch.randn(3, width)
+        arguments = x, layer.bit_planes, layer.alpha, layer.shift, out, path
+        assert torch.allclose(checked.multiply(*arguments), library().multiply(*arguments), rtol=1e-4, atol=1e-3)
+print("clean")
+"""
+    find = ["g++", "-print-file-name=libasan.so", "-print-file-name=libstdc++.so"]
+    found = [subprocess.run([find[0], what], capture_output=True, text=True).stdout.strip() for what in find[1:]]
+    environment = os.environ | {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0"}
+    here = os.path.dirname(kernel.__file__)
+    result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=here, capture_output=True, text=True)
+    assert result.stdout.endswith("clean\n"), result.stderr[-2000:]
