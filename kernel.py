@@ -312,23 +312,38 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def shape(text: str) -> tuple[int, int]:
+    """ "8192x28672" -> (8192, 28672)."""
+    out_features, in_features = map(int, text.split("x"))
+    return out_features, in_features
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the kernels of this machine against F.linear.")
     add = parser.add_argument
-    add("--shapes", nargs="+", default=["8192x28672", "14336x4096"], help="out x in (default: %(default)s)")
-    add("--bits", nargs="+", type=int, default=[2, 3, 4], help="(default: %(default)s)")
-    add("--batch", nargs="+", type=int, default=[1, 4, 8], help="tokens at once (default: %(default)s)")
+    add("--shapes", nargs="+", type=shape, default=[(8192, 28672), (14336, 4096)], help="rows x columns of the weight "
+        "(default: 8192x28672 14336x4096)")  # fmt: skip
+    add("--bits", nargs="+", type=int, default=[2, 3, 4], help="(default: 2 3 4)")
+    add("--batch", nargs="+", type=int, default=[1, 4, 8], help="tokens at once (default: 1 4 8)")
     add("--group-size", type=int, default=128, help="-1: a row (default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     add("--rounds", type=int, default=15, help="measurements each, the median counts (default: %(default)s)")
     add("--out", default="benchmark", help="writes OUT.md and OUT.png (default: %(default)s)")
     args = parser.parse_args()
-    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
-    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
-    title = f"{name}, groups of {args.group_size}, path {paths(args.device.split(':')[0])[0]}"
-    jobs = [(shape, n_bits) for shape in shapes for n_bits in args.bits]
+    try:
+        run(args)
+    except (ValueError, RuntimeError, OSError) as error:
+        parser.error(str(error).splitlines()[0])
+
+
+def run(args: argparse.Namespace) -> None:
+    cuda = args.device.startswith("cuda")
+    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    title = f"{name}, groups of {args.group_size}, path {paths('cuda' if cuda else 'cpu')[0]}"
+    rows, jobs = [], [(shape, n_bits) for shape in args.shapes for n_bits in args.bits]
     with torch.inference_mode():
-        rows = [row for job in tqdm(jobs, leave=False) for row in measure(*job, args)]
+        for job in tqdm(jobs, unit="weight", leave=False):
+            rows += measure(*job, args)
     lines = [list(rows[0]), ["---:"] * len(rows[0]), *(map(str, row.values()) for row in rows)]
     table = f"{title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
     Path(args.out + ".md").write_text(table, "utf-8")

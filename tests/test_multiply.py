@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import kernel
+from helpers import call
 from kernel import BCQLinear, library, paths, random_layer
 
 GPU_PATHS = ("cuda", "fast", "readable")
@@ -190,6 +191,27 @@ def test_without_a_compiler_one_line_is_said_and_plain_pytorch_runs(afresh, monk
     torch.testing.assert_close(layer(x), x @ layer.dequantize().T)
     assert paths("cpu") == ["torch"]
     assert capfd.readouterr().err == "no compiled kernels (no C++ compiler is installed): on with plain PyTorch\n"
+
+
+def test_benchmark_writes_its_table_and_its_plot(tmp_path):
+    result = call(kernel.main, "--shapes", "64x128", "--bits", 3, "--batch", 1, "--rounds", 2, "--out", tmp_path / "b")
+    assert result.code == 0 and "| 64 x 128 | 3 | 1 |" in result.out
+    assert (tmp_path / "b.md").read_text() == result.out[:-1] and (tmp_path / "b.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--shapes", "64"], "argument --shapes: invalid shape value: '64'"),
+        (["--bits", 9], "9 bits: choose 1 to 8"),
+        (["--shapes", "64x100"], "in_features 100 cannot be cut into groups of 128"),
+        (["--device", "abacus"], "abacus"),
+    ],
+)
+def test_benchmark_refuses_in_one_line(arguments, message, tmp_path):
+    result = call(kernel.main, *arguments, "--out", tmp_path / "b")
+    assert result.code == 2 and message in result.err.splitlines()[-1]
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.slow
