@@ -12,7 +12,6 @@ hidden_size) in float32 on the CPU: inputs on the original path, inputs on the q
 """
 
 import argparse
-import json
 import math
 import platform
 import time
@@ -29,7 +28,9 @@ from eval import TINY, batches, check_device, cut, default_device, guarded
 from eval import load_text, load_tokenizer, perplexity, resolve_seq_len, tokenize
 from flexbcq import METHODS, FlexBCQLinear
 from kernel import BCQLinear
-from llama import Block, Checkpoint, linears, new_folder, rope_tables, write_config, write_index, write_tensors
+from llama import Block, Checkpoint, linears, rope_tables
+from llama import read_tensors, whole_file, write_config, write_index, write_json, write_tensors
+from resume import REPORT, fingerprints, resumable
 
 
 @dataclass
@@ -129,44 +130,84 @@ def is_trained(method: str) -> bool:
     return METHODS[method][0]
 
 
-def calibrate(checkpoint: Checkpoint, ids: Tensor, args, settings: Training, folder: Path) -> list[dict]:
-    """Quantize every block, in order, and write it to `folder`. ids: (samples, seq_len). Returns a record per block."""
+def repeat_block(checkpoint, i, inputs, rope, args, folder) -> tuple[Tensor, Tensor]:
+    """The inputs of the block after block i, which an earlier run has finished."""
+    original, quantized = inputs
+    block = checkpoint.block(i, device=args.device)
+    target = block_outputs(block, original, *rope)
+    for name, layer in read_block(checkpoint, i, folder, args).items():
+        block.set_submodule(name, layer.to(args.device))
+    return target, block_outputs(block, quantized, *rope)
+
+
+def calibrate(checkpoint: Checkpoint, ids: Tensor, args, settings: Training, folder: Path, report: dict) -> None:
+    """Quantize every block, in order, and write it to `folder`; those in the report are finished already.
+
+    ids: (samples, seq_len); report: as in resume.py, here it gets a record per block"""
     rope = rope_tables(checkpoint.config, ids.shape[1], args.device)
-    n_blocks, records, start = checkpoint.config.num_hidden_layers, [], time.time()
+    n_blocks, records = checkpoint.config.num_hidden_layers, report["blocks"]
+    if len(records) == n_blocks:
+        return
     x = checkpoint.embedding()(ids)  # (samples, seq_len, hidden_size)
     inputs = x, x
+    for i in tqdm(range(len(records)), desc="finished blocks again, forward only", unit="block", leave=False):
+        inputs = repeat_block(checkpoint, i, inputs, rope, args, folder)
     n_steps = settings.epochs * math.ceil(len(ids) / settings.batch_size) if is_trained(args.method) else 0
-    for i in range(n_blocks):
+    for i in range(len(records), n_blocks):
         with tqdm(total=7 + n_steps, desc=f"block {i + 1}/{n_blocks}", unit="step") as bar:  # 7 linears to initialize
             try:
                 packed, inputs, record = quantize_block(checkpoint, i, inputs, rope, args, settings, bar)
             except ValueError as error:
                 raise ValueError(f"model.layers.{i}: {error}") from None
-            left = (time.time() - start) / (i + 1) * (n_blocks - i - 1) / 60
+            write_block(checkpoint, i, packed, folder)
+            write_json(folder / REPORT, report | {"blocks": [*records, record]})
+            records.append(record)
+            left = sum(r["seconds"] for r in records) / len(records) * (n_blocks - i - 1) / 60
             bar.set_postfix_str(
                 "loss {loss_before:.3e} -> {loss_after:.3e}".format(**record) + f", {left:.1f} min left"
             )
-        records.append(record)
-        write_block(checkpoint, i, packed, folder, args.dequantized)
-    return records
 
 
-def write_block(checkpoint: Checkpoint, i: int, packed: dict[str, BCQLinear], folder: Path, dequantized: bool) -> None:
+def shard(checkpoint: Checkpoint, i: int, folder: Path) -> Path:
+    """The file of block i; the one after the last block holds the rest."""
+    return folder / f"model-{i + 1:05d}-of-{checkpoint.config.num_hidden_layers + 1:05d}.safetensors"
+
+
+def write_block(checkpoint: Checkpoint, i: int, packed: dict[str, BCQLinear], folder: Path, dequantized=False) -> None:
     """Block i as a shard: bit-planes, or the weights they stand for, and the norms as they were."""
-    prefix, n_shards = f"model.layers.{i}.", checkpoint.config.num_hidden_layers + 1
+    prefix = f"model.layers.{i}."
     tensors = checkpoint.tensors(lambda name: name.startswith(prefix))
     for name, layer in packed.items():
         weight = tensors.pop(f"{prefix}{name}.weight")
         stored = {"weight": layer.dequantize(weight.dtype)} if dequantized else layer.state_dict()
         tensors |= {f"{prefix}{name}.{key}": t for key, t in stored.items()}
-    write_tensors(folder / f"model-{i + 1:05d}-of-{n_shards:05d}.safetensors", tensors)
+    write_tensors(shard(checkpoint, i, folder), tensors)
+
+
+def read_block(checkpoint: Checkpoint, i: int, folder: Path, args) -> dict[str, BCQLinear]:
+    """The packed layers of block i from its shard; none if it was dequantized already."""
+    stored, packed = read_tensors(shard(checkpoint, i, folder)), {}
+    with torch.device("meta"):
+        block = Block(checkpoint.config)
+    for name, linear in linears(block).items():
+        if f"model.layers.{i}.{name}.bit_planes" in stored:
+            layer = packed[name] = BCQLinear(linear.in_features, linear.out_features, args.bits, args.group_size)
+            layer.load_state_dict({key: stored[f"model.layers.{i}.{name}.{key}"] for key in layer.state_dict()})
+    return packed
+
+
+def dequantize_blocks(checkpoint: Checkpoint, folder: Path, args) -> None:
+    """Replace the bit-planes of every shard by ordinary weights. Only when all blocks are finished: going on with an
+    unfinished calibration takes the planes."""
+    for i in range(checkpoint.config.num_hidden_layers):
+        if packed := read_block(checkpoint, i, folder, args):
+            write_block(checkpoint, i, packed, folder, dequantized=True)
 
 
 def write_rest(checkpoint: Checkpoint, folder: Path, quantization: dict | None) -> None:
     """Embedding, norm and head as they were, the index of all shards, config.json and the tokenizer."""
     rest = checkpoint.tensors(lambda name: not name.startswith("model.layers."))
-    n_shards = checkpoint.config.num_hidden_layers + 1
-    write_tensors(folder / f"model-{n_shards:05d}-of-{n_shards:05d}.safetensors", rest)
+    write_tensors(shard(checkpoint, checkpoint.config.num_hidden_layers, folder), rest)
     write_index(folder)
     config = checkpoint.raw_config | ({"quantization_config": quantization} if quantization else {})
     write_config(folder, config, checkpoint.folder)
@@ -218,7 +259,7 @@ def plot(records: list[dict], title: str, path: Path) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def print_table(perplexities: dict[str, float], n_bits: int, bits: float, source: Path, folder: Path) -> None:
@@ -256,20 +297,28 @@ def run(args: argparse.Namespace) -> None:
     def round_to_nearest(block: Block, i: int) -> None:
         pack_layers(block, dict(quantize_layers(checkpoint, block, i, "rtn", args.bits, args.group_size)))
 
-    perplexities = {"original": perplexity(checkpoint, windows, args.device, label="original")}
-    if args.method != "rtn":
-        perplexities["rtn"] = perplexity(checkpoint, windows, args.device, round_to_nearest, "rtn")
-    chosen = {key: getattr(args, key) for key in ("method", "bits", "group_size", "samples", "seq_len")}
-    chosen |= asdict(settings) | {"torch": torch.__version__, "python": platform.python_version()}
-    with new_folder(args.out) as folder:
-        records = calibrate(checkpoint, samples, args, settings, folder)
-        write_rest(checkpoint, folder, None if args.dequantized else {"quant_method": "flexbcq"} | chosen)
+    chosen = {key: getattr(args, key) for key in ("method", "bits", "group_size", "dequantized", "samples", "seq_len")}
+    chosen |= asdict(settings)
+    inputs = fingerprints(checkpoint.folder, {"calibration text": samples, "evaluation text": windows})
+    with resumable(args.out, {"settings": chosen, "inputs": inputs}) as (folder, report):
+        start -= sum(record["seconds"] for record in report["blocks"])  # of earlier runs
+        perplexities = report["perplexity"]
+        if "original" not in perplexities:
+            perplexities["original"] = perplexity(checkpoint, windows, args.device, label="original")
+        if "rtn" not in perplexities and args.method != "rtn":
+            perplexities["rtn"] = perplexity(checkpoint, windows, args.device, round_to_nearest, "rtn")
+        calibrate(checkpoint, samples, args, settings, folder, report)
+        if args.dequantized:
+            dequantize_blocks(checkpoint, folder, args)
+        versions = {"torch": torch.__version__, "python": platform.python_version()}
+        packed = {"quant_method": "flexbcq"} | chosen | versions
+        write_rest(checkpoint, folder, None if args.dequantized else packed)
         perplexities[args.method] = perplexity(Checkpoint(folder), windows, args.device, label=args.method)  # the files
         seconds = time.time() - start
-        report = {"settings": chosen, "text": eval_name, "perplexity": perplexities, "bits_per_weight": bits}
-        report |= {"seconds": seconds, "blocks": records}
-        (folder / "calibration.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-        plot(records, f"{args.method}, {args.bits} bits", folder / "calibration.png")
+        report |= {"text": eval_name, "bits_per_weight": bits, "seconds": seconds, "versions": versions}
+        write_json(folder / REPORT, report)
+        with whole_file(folder / "calibration.png") as temporary:
+            plot(report["blocks"], f"{args.method}, {args.bits} bits", temporary)
     print_table(perplexities, args.bits, bits, checkpoint.folder, args.out)
     print(f"{eval_name}, seq_len {args.seq_len}, {len(windows)} windows; {seconds:.0f} seconds; wrote {args.out}")
 

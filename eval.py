@@ -168,12 +168,14 @@ def guarded(run: Callable[[argparse.Namespace], None], parser: argparse.Argument
         run(parser.parse_args())
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         sys.exit(fail(error))
-    except KeyboardInterrupt:
-        sys.exit(fail("interrupted", code=130))
+    except KeyboardInterrupt as error:
+        error.args = ("interrupted",)
+        sys.exit(fail(error, code=130))
 
 
-def fail(message: object, code: int = 2) -> int:
-    print(f"\nerror: {message}", file=sys.stderr)
+def fail(error: object, code: int = 2) -> int:
+    """One line, whatever the message holds, with the notes that were added to the error on its way."""
+    print("\nerror: " + " ".join("; ".join([str(error), *getattr(error, "__notes__", ())]).split()), file=sys.stderr)
     return code
 
 

@@ -18,16 +18,17 @@ Zhang & Sennrich 2019 (RMSNorm), Su et al. 2021 (RoPE), Ainslie et al. 2023 (GQA
 
 import json
 import math
+import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kernel import BCQLinear
@@ -336,38 +337,60 @@ class Checkpoint:
         return model
 
 
-@contextmanager
-def new_folder(folder: str | Path):
-    """Yield a scratch folder beside `folder`; it takes that name at the end, or is deleted if anything fails."""
-    folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+def sync(path: Path) -> None:
+    """Wait until the disk holds a file's bytes, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        yield partial
-        if folder.is_dir():
-            folder.rmdir()  # an empty folder may be given; one with files in it stops here
-        partial.rename(folder)
+        os.fsync(descriptor)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(descriptor)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name; what is written there appears under `path` whole or, on any failure, not at all.
+
+    Raises OSError, for example when the disk is full."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.rename(path)
+        sync(path.parent)
+    except (SafetensorError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path.parent}: could not write {path.name} ({error}); is the disk full?") from None
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write one safetensors file. Raises OSError, for example when the disk is full."""
+    """Write one safetensors file."""
+    with whole_file(path) as temporary:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
+        temporary.chmod(0o644)  # the library leaves 0600
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A whole safetensors file, memory-mapped. Raises OSError if it is missing or damaged."""
     try:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # the library leaves 0600
+        return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise OSError(f"{path.parent}: could not write {path.name} ({error}); is the disk full?") from None
+        raise OSError(f"{path}: missing or damaged ({error})") from None
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write one JSON file, indented."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
 def write_config(folder: Path, config: dict, source: Path | None = None) -> None:
     """Write `config.json` and, with `source`, copy what else belongs to a model: tokenizer, generation settings."""
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    write_json(folder / "config.json", config)
     for file in source.iterdir() if source else ():
         ours = file.name == "config.json" or "safetensors" in file.name or file.name.startswith("calibration.")
         if file.suffix in (".json", ".model", ".jinja", ".txt") and not ours:
-            shutil.copy(file, folder / file.name)
+            with whole_file(folder / file.name) as temporary:
+                shutil.copy(file, temporary)
 
 
 def write_index(folder: Path) -> None:
@@ -375,4 +398,4 @@ def write_index(folder: Path) -> None:
     shards = sorted(folder.glob("model-*.safetensors"))
     weight_map = {name: path.name for path in shards for name in safe_open(path, framework="pt").keys()}
     index = {"metadata": {"total_size": sum(path.stat().st_size for path in shards)}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    write_json(folder / "model.safetensors.index.json", index)

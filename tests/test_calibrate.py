@@ -186,7 +186,7 @@ def test_quantized_model_is_refused(packed, text, tmp_path):
     assert result.code == 2 and "is quantized already" in result.err
 
 
-def test_full_disk_gets_one_line_and_leaves_nothing(toy, text, tmp_path):
+def test_full_disk_before_the_first_block_gets_one_line_and_leaves_nothing(toy, text, tmp_path):
     """No file may grow beyond 10 kB: writing the first shard fails as on a full disk."""
     limit = "import resource, calibrate; resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)); calibrate.main()"
     options = ["--model", toy, "--text", text, "--out", tmp_path / "out", *FEW_STEPS]
@@ -205,7 +205,7 @@ def test_loss_that_is_not_finite_names_the_block(toy, text, tmp_path):
     assert result.code == 2 and "model.layers.0: the loss is" in result.err
 
 
-def test_interrupt_ends_with_one_line_and_leaves_nothing(toy, text, tmp_path):
+def test_interrupt_before_the_first_block_gets_one_line_and_leaves_nothing(toy, text, tmp_path):
     options = ["--model", toy, "--text", text, "--out", tmp_path / "out", "--samples", 64, "--epochs", 1000]
     command = [sys.executable, "calibrate.py", *map(str, options)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:

@@ -1,0 +1,89 @@
+"""A calibration may be killed at any moment; the same command goes on where it was.
+
+    with resumable(out, begun) as (folder, report):
+        for i in range(len(report["blocks"]), n_blocks):
+            ...                                    # quantize block i and write it into `folder`
+            report["blocks"].append(record)
+            write_json(folder / REPORT, report)    # from here on block i is finished
+
+`folder` is OUT.partial and becomes OUT at the end. Every file in it appears whole or not at all (`llama.whole_file`),
+and a block's record is written after its weights, so calibration.json never claims too much. Whatever was not
+finished is done again from the seeds of its block, which gives the bytes of a run that was never interrupted.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator
+
+from torch import Tensor
+
+from llama import sync, write_json
+
+REPORT = "calibration.json"
+
+
+def fingerprints(folder: Path, texts: dict[str, Tensor]) -> dict[str, str]:
+    """SHA-256 of config.json and of every byte of the weights (two minutes for 140 GB), and of the tokens of texts."""
+    found = {}
+    for path in (folder / "config.json", *sorted(folder.glob("*.safetensors"))):
+        with open(path, "rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return found | {name: hashlib.sha256(ids.contiguous().numpy()).hexdigest()[:16] for name, ids in texts.items()}
+
+
+def read_report(partial: Path, begun: dict) -> dict:
+    """The report in the folder `partial`, or a new one. Raises ValueError naming what the earlier run had otherwise."""
+    start_again = f"delete {partial} to start again"
+    if not (partial / REPORT).exists():
+        if any(path.suffix != ".tmp" for path in partial.iterdir()):
+            raise ValueError(f"{partial}: exists but holds no {REPORT}; is it yours? Otherwise {start_again}")
+        return begun | {"perplexity": {}, "blocks": []}
+    try:
+        report = json.loads((partial / REPORT).read_bytes())
+        pairs = [(key, report[part].get(key), now) for part in begun for key, now in begun[part].items()]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{partial / REPORT}: damaged ({error!r}); {start_again}") from None
+    for key, before, now in pairs:
+        if before != now:
+            raise ValueError(
+                f"{partial}: was begun with {key} {before}, now it is {now}; "
+                f"go on with the same options and files, or {start_again}"
+            )
+    return report
+
+
+@contextmanager
+def resumable(out: Path, begun: dict) -> Iterator[tuple[Path, dict]]:
+    """Yield OUT.partial and its report; at the end the folder takes the name OUT.
+
+    begun: {"settings": .., "inputs": ..}, what decides the result; an earlier run is only continued if it had the same
+    On an error the finished blocks are kept, and the error says so; without any, nothing is left.
+    Raises OSError if another process works there, ValueError if the folder is of another run."""
+    partial = out.with_name(out.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except BlockingIOError:
+            raise OSError(f"{partial}: another process is at work there; wait for it, or give another --out") from None
+        report = read_report(partial, begun)
+        try:
+            write_json(partial / REPORT, report)
+            yield partial, report
+            partial.rename(out)  # over an empty folder if there is one
+            sync(out.parent)
+        except BaseException as error:
+            if report["blocks"]:
+                n = len(report["blocks"])
+                error.add_note(f"{partial} keeps {n} finished block{'s'[: n > 1]}: the same command goes on from there")
+            else:
+                shutil.rmtree(partial)
+            raise
+    finally:
+        os.close(lock)
