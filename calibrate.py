@@ -13,6 +13,7 @@ hidden_size) in float32 on the CPU: inputs on the original path, inputs on the q
 
 import argparse
 import math
+import os
 import platform
 import time
 from dataclasses import asdict, dataclass
@@ -28,8 +29,8 @@ from eval import TINY, batches, check_device, cut, default_device, guarded
 from eval import load_text, load_tokenizer, perplexity, resolve_seq_len, tokenize
 from flexbcq import METHODS, FlexBCQLinear
 from kernel import BCQLinear
-from llama import Block, Checkpoint, linears, rope_tables
-from llama import read_tensors, whole_file, write_config, write_index, write_json, write_tensors
+from llama import Block, Checkpoint, linears, open_tensors, rope_tables
+from llama import whole_file, write_config, write_index, write_json, write_tensors
 from resume import REPORT, fingerprints, resumable
 
 
@@ -52,7 +53,7 @@ QUICK_EPOCHS = 1  # for the bundled model: less than three minutes on two CPU co
 def quantize_layers(checkpoint: Checkpoint, block: Block, i: int, method: str, n_bits: int, group_size: int):
     """Swap every linear layer of block i for a quantizer of the weight as it is stored. Yields (name, quantizer)."""
     for name, linear in linears(block).items():
-        weight = checkpoint.tensor(f"model.layers.{i}.{name}.weight", linear.weight.shape).to(linear.weight.device)
+        weight = checkpoint.tensor(f"model.layers.{i}.{name}.weight").to(linear.weight.device)
         quantizer = FlexBCQLinear(weight, n_bits, group_size, *METHODS[method])
         block.set_submodule(name, quantizer)
         yield name, quantizer
@@ -148,7 +149,7 @@ def calibrate(checkpoint: Checkpoint, ids: Tensor, args, settings: Training, fol
     n_blocks, records = checkpoint.config.num_hidden_layers, report["blocks"]
     if len(records) == n_blocks:
         return
-    x = checkpoint.embedding()(ids)  # (samples, seq_len, hidden_size)
+    x = checkpoint.embed(ids)  # (samples, seq_len, hidden_size)
     inputs = x, x
     for i in tqdm(range(len(records)), desc="finished blocks again, forward only", unit="block", leave=False):
         inputs = repeat_block(checkpoint, i, inputs, rope, args, folder)
@@ -186,13 +187,15 @@ def write_block(checkpoint: Checkpoint, i: int, packed: dict[str, BCQLinear], fo
 
 def read_block(checkpoint: Checkpoint, i: int, folder: Path, args) -> dict[str, BCQLinear]:
     """The packed layers of block i from its shard; none if it was dequantized already."""
-    stored, packed = read_tensors(shard(checkpoint, i, folder)), {}
     with torch.device("meta"):
-        block = Block(checkpoint.config)
-    for name, linear in linears(block).items():
-        if f"model.layers.{i}.{name}.bit_planes" in stored:
-            layer = packed[name] = BCQLinear(linear.in_features, linear.out_features, args.bits, args.group_size)
-            layer.load_state_dict({key: stored[f"model.layers.{i}.{name}.{key}"] for key in layer.state_dict()})
+        block, packed = Block(checkpoint.config), {}
+    with open_tensors(shard(checkpoint, i, folder)) as file:
+        for name, linear in linears(block).items():
+            if f"model.layers.{i}.{name}.bit_planes" in file.keys():
+                layer = packed[name] = BCQLinear(linear.in_features, linear.out_features, args.bits, args.group_size)
+                layer.load_state_dict(
+                    {key: file.get_tensor(f"model.layers.{i}.{name}.{key}") for key in layer.state_dict()}
+                )
     return packed
 
 
@@ -280,12 +283,22 @@ def prepare(args: argparse.Namespace) -> tuple[Checkpoint, Training]:
     args.out = Path(args.out or f"{checkpoint.folder.resolve().name}-{args.method}-{args.bits}bit")
     if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
         raise OSError(f"--out {args.out}: exists and is not empty; delete it or choose another folder")
+    if not os.access(args.out.parent, os.W_OK | os.X_OK):
+        raise OSError(f"--out {args.out}: {args.out.parent} is no folder that can be written to; create it first")
     args.seq_len = resolve_seq_len(args.seq_len, checkpoint)
     if args.epochs is None:
         args.epochs = QUICK_EPOCHS if checkpoint.folder.resolve() == TINY else Training.epochs
     for option, value in (("samples", args.samples), ("epochs", args.epochs), ("batch-size", args.batch_size)):
         if value < 1:
             raise ValueError(f"--{option} {value}: must be at least 1")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed {args.seed}: choose 0 to {2**32 - 1}")
+    needed = 3 * 4 * args.samples * args.seq_len * checkpoint.config.hidden_size / 1e9
+    if needed > (there := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9):
+        raise ValueError(
+            f"--samples {args.samples}: their activations take {needed:.0f} GB, this machine has {there:.0f}; "
+            "give fewer, or a smaller --seq-len"
+        )
     return checkpoint, Training(args.epochs, args.batch_size, args.seed)
 
 

@@ -62,7 +62,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """`tokenizer.json` of a checkpoint folder."""
     path = folder / "tokenizer.json"
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_truncation()  # some files ask for a sentence classifier's 128 tokens
+        tokenizer.no_padding()
+        return tokenizer
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path}: missing or damaged ({error})") from None
 
@@ -95,7 +98,7 @@ def perplexity(
     prepare: called with each block and its number before it is used, for example to quantize it
     label: what the progress bar calls it"""
     cos, sin = rope_tables(checkpoint.config, windows.shape[1], device)
-    x = checkpoint.embedding()(windows)  # (n_windows, seq_len, hidden_size), stays on the CPU
+    x = checkpoint.embed(windows)  # (n_windows, seq_len, hidden_size), stays on the CPU
     for i in tqdm(
         range(checkpoint.config.num_hidden_layers), desc=f"perplexity {label}".strip(), unit="block", leave=False
     ):
@@ -108,7 +111,9 @@ def perplexity(
     for ids, last in zip(windows, x):
         logits = head(last[:-1].to(device))
         loss += F.cross_entropy(logits, ids[1:].to(device)).item() / len(windows)
-    return math.exp(loss)
+    if math.isnan(loss):
+        raise ValueError(f"{checkpoint.folder}: the loss is not a number; do config.json and the weights fit together?")
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def generate(checkpoint: Checkpoint, tokenizer: Tokenizer, prompt: str, n_tokens: int, device) -> tuple[str, float]:
@@ -129,7 +134,7 @@ def generate(checkpoint: Checkpoint, tokenizer: Tokenizer, prompt: str, n_tokens
 def check_device(name: str) -> torch.device:
     """Raises ValueError if PyTorch cannot use this device here."""
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
@@ -151,6 +156,9 @@ def run(args: argparse.Namespace) -> None:
     device, checkpoint = check_device(args.device), Checkpoint(args.model)
     tokenizer = load_tokenizer(checkpoint.folder)
     if args.prompt is not None:
+        if args.tokens < 1:
+            raise ValueError(f"--tokens {args.tokens}: must be at least 1")
+        checkpoint.check_ids(torch.tensor(tokenizer.encode(args.prompt).ids))
         text, speed = generate(checkpoint, tokenizer, args.prompt, args.tokens, device)
         print(f"{text}\n\n{speed:.1f} tokens/s")
         return
@@ -166,7 +174,11 @@ def guarded(run: Callable[[argparse.Namespace], None], parser: argparse.Argument
     parser.error = lambda message: sys.exit(fail(message))
     try:
         run(parser.parse_args())
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        sys.exit(fail(error))
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # PyTorch has a type of its own for that on GPUs only
+            raise
         sys.exit(fail(error))
     except KeyboardInterrupt as error:
         error.args = ("interrupted",)

@@ -65,7 +65,7 @@ def resumable(out: Path, begun: dict) -> Iterator[tuple[Path, dict]]:
     On an error the finished blocks are kept, and the error says so; without any, nothing is left.
     Raises OSError if another process works there, ValueError if the folder is of another run."""
     partial = out.with_name(out.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    partial.mkdir(exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)
     try:
         try:

@@ -29,3 +29,8 @@ def perplexity_by_transformers(folder, windows) -> float:
     with torch.inference_mode():
         losses = [F.cross_entropy(model(w[None]).logits[0, :-1], w[1:]).item() for w in windows]
     return math.exp(sum(losses) / len(losses))
+
+
+def snapshot(folder):
+    """{path: bytes} of all files below."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

@@ -12,7 +12,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from helpers import call
+from helpers import call, snapshot
 
 from calibrate import main
 from llama import whole_file
@@ -38,11 +38,6 @@ def contents(folder):
     for block in report["blocks"]:
         del block["seconds"]
     return files | report
-
-
-def snapshot(folder):
-    """{path: bytes} of all files below."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @contextmanager
