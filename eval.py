@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
+import parallel
 from llama import Block, Checkpoint, rope_tables
 
 TINY = Path(__file__).parent / "models" / "tiny"
@@ -177,7 +178,8 @@ def guarded(run: Callable[[argparse.Namespace], None], parser: argparse.Argument
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         sys.exit(fail(error))
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # PyTorch has a type of its own for that on GPUs only
+        # PyTorch has a type of its own for want of memory on GPUs only, and none for another process that ended
+        if "can't allocate memory" not in str(error) and parallel.world() == 1:
             raise
         sys.exit(fail(error))
     except KeyboardInterrupt as error:
@@ -187,7 +189,7 @@ def guarded(run: Callable[[argparse.Namespace], None], parser: argparse.Argument
 
 def fail(error: object, code: int = 2) -> int:
     """One line, whatever the message holds, with the notes that were added to the error on its way."""
-    print("\nerror: " + " ".join("; ".join([str(error), *getattr(error, "__notes__", ())]).split()), file=sys.stderr)
+    parallel.report("\nerror: " + " ".join("; ".join([str(error), *getattr(error, "__notes__", ())]).split()))
     return code
 
 

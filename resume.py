@@ -1,6 +1,6 @@
 """A calibration may be killed at any moment; the same command goes on where it was.
 
-    with resumable(out, begun) as (folder, report):
+    with resumable(out, settings, source, texts) as (folder, report):
         for i in range(len(report["blocks"]), n_blocks):
             ...                                    # quantize block i and write it into `folder`
             report["blocks"].append(record)
@@ -20,9 +20,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
 
+import torch
 from torch import Tensor
 
-from llama import sync, write_json
+import parallel
+from kernel import BCQLinear
+from llama import Block, Checkpoint, linears, open_tensors
+from llama import sync, write_config, write_index, write_json, write_tensors
 
 REPORT = "calibration.json"
 
@@ -58,13 +62,17 @@ def read_report(partial: Path, begun: dict) -> dict:
 
 
 @contextmanager
-def resumable(out: Path, begun: dict) -> Iterator[tuple[Path, dict]]:
+def resumable(out: Path, settings: dict, source: Path, texts: dict[str, Tensor]) -> Iterator[tuple[Path, dict]]:
     """Yield OUT.partial and its report; at the end the folder takes the name OUT.
 
-    begun: {"settings": .., "inputs": ..}, what decides the result; an earlier run is only continued if it had the same
-    On an error the finished blocks are kept, and the error says so; without any, nothing is left.
+    settings, the files of the model in `source` and the texts decide the result: an earlier run is only gone on with if
+    it had the same. On an error the finished blocks are kept, and the error says so; without any, nothing is left.
     Raises OSError if another process works there, ValueError if the folder is of another run."""
     partial = out.with_name(out.name + ".partial")
+    if parallel.rank():  # reads what process 0 has written
+        parallel.wait()
+        yield partial, json.loads((partial / REPORT).read_bytes())
+        return
     partial.mkdir(exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)
     try:
@@ -72,9 +80,10 @@ def resumable(out: Path, begun: dict) -> Iterator[tuple[Path, dict]]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
         except BlockingIOError:
             raise OSError(f"{partial}: another process is at work there; wait for it, or give another --out") from None
-        report = read_report(partial, begun)
+        report = read_report(partial, {"settings": settings, "inputs": fingerprints(source, texts)})
         try:
             write_json(partial / REPORT, report)
+            parallel.wait()
             yield partial, report
             partial.rename(out)  # over an empty folder if there is one
             sync(out.parent)
@@ -87,3 +96,53 @@ def resumable(out: Path, begun: dict) -> Iterator[tuple[Path, dict]]:
             raise
     finally:
         os.close(lock)
+
+
+# -------------------------------------------------------------------------------------------------- the weight files
+
+
+def shard(checkpoint: Checkpoint, i: int, folder: Path) -> Path:
+    """The file of block i; the one after the last block holds the rest."""
+    return folder / f"model-{i + 1:05d}-of-{checkpoint.config.num_hidden_layers + 1:05d}.safetensors"
+
+
+def write_block(checkpoint: Checkpoint, i: int, packed: dict[str, BCQLinear], folder: Path, dequantized=False) -> None:
+    """Block i as a shard: bit-planes, or the weights they stand for, and the norms as they were."""
+    prefix = f"model.layers.{i}."
+    tensors = checkpoint.tensors(lambda name: name.startswith(prefix))
+    for name, layer in packed.items():
+        weight = tensors.pop(f"{prefix}{name}.weight")
+        stored = {"weight": layer.dequantize(weight.dtype)} if dequantized else layer.state_dict()
+        tensors |= {f"{prefix}{name}.{key}": t for key, t in stored.items()}
+    write_tensors(shard(checkpoint, i, folder), tensors)
+
+
+def read_block(checkpoint: Checkpoint, i: int, folder: Path, args) -> dict[str, BCQLinear]:
+    """The packed layers of block i from its shard; none if it was dequantized already."""
+    with torch.device("meta"):
+        block, packed = Block(checkpoint.config), {}
+    with open_tensors(shard(checkpoint, i, folder)) as file:
+        for name, linear in linears(block).items():
+            if f"model.layers.{i}.{name}.bit_planes" in file.keys():
+                layer = packed[name] = BCQLinear(linear.in_features, linear.out_features, args.bits, args.group_size)
+                layer.load_state_dict(
+                    {key: file.get_tensor(f"model.layers.{i}.{name}.{key}") for key in layer.state_dict()}
+                )
+    return packed
+
+
+def dequantize_blocks(checkpoint: Checkpoint, folder: Path, args) -> None:
+    """Replace the bit-planes of every shard by ordinary weights. Only when all blocks are finished: going on with an
+    unfinished calibration takes the planes."""
+    for i in range(checkpoint.config.num_hidden_layers):
+        if packed := read_block(checkpoint, i, folder, args):
+            write_block(checkpoint, i, packed, folder, dequantized=True)
+
+
+def write_rest(checkpoint: Checkpoint, folder: Path, quantization: dict | None) -> None:
+    """Embedding, norm and head as they were, the index of all shards, config.json and the tokenizer."""
+    rest = checkpoint.tensors(lambda name: not name.startswith("model.layers."))
+    write_tensors(shard(checkpoint, checkpoint.config.num_hidden_layers, folder), rest)
+    write_index(folder)
+    config = checkpoint.raw_config | ({"quantization_config": quantization} if quantization else {})
+    write_config(folder, config, checkpoint.folder)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from helpers import call, perplexity_by_transformers
 
 from calibrate import main
-from eval import cut, load_tokenizer, perplexity, read_text, tokenize
+from eval import TINY, cut, load_tokenizer, perplexity, read_text, tokenize
 from flexbcq import METHODS
 from kernel import BCQLinear
 from llama import Checkpoint, linears
@@ -163,3 +163,38 @@ def test_interrupt_before_the_first_block_gets_one_line_and_leaves_nothing(toy, 
     assert process.returncode == 130 and "Traceback" not in rest
     assert rest.strip().splitlines()[-1] == "error: interrupted"
     assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------- the plan, and memory
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(toy, text, tmp_path):
+    options = ["--model", toy, "--text", text, "--out", tmp_path / "out", *FEW_STEPS]
+    result = call(main, *options, "--dry-run")
+    assert result.code == 0 and list(tmp_path.iterdir()) == []
+    for line in ("out: 0.001 GB of", "activations in memory: 0.000 GB of", "perplexity of the original on 4 windows: "):
+        assert line in result.out
+    assert "2 blocks of 8 steps: about 0 minutes" in result.out.splitlines()[-1]
+
+
+def test_wrong_rope_shows_in_the_plan(tmp_path):
+    """The bundled model with positions that turn a thousand times as slowly."""
+    found = []
+    for model in (TINY, shutil.copytree(TINY, tmp_path / "model")):
+        if model != TINY:
+            config = json.loads((model / "config.json").read_text())
+            (model / "config.json").write_text(json.dumps(config | {"rope_theta": 1e12}))
+        result = call(
+            main, "--model", model, "--text", TINY / "train.py", "--seq-len", 128, "--method", "rtn", "--dry-run"
+        )
+        found.append(float(result.out.split("perplexity of the original on")[1].split()[2]))
+    assert found[1] > 1.5 * found[0]
+
+
+def test_offloaded_activations_give_the_same_bytes_and_leave_no_file(packed, toy, text, tmp_path):
+    (tmp_path / "disk").mkdir()
+    options = ["--offload", tmp_path / "disk", "--bits", 2, *FEW_STEPS]
+    assert call(main, "--model", toy, "--out", tmp_path / "out", "--text", text, *options).code == 0
+    for shard in packed["flexbcq"].glob("*.safetensors"):
+        assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
+    assert list((tmp_path / "disk").iterdir()) == []

@@ -12,22 +12,17 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from helpers import call, snapshot
+from helpers import blocks_finished, call, snapshot
 
 from calibrate import main
 from llama import whole_file
 from resume import REPORT
 
-SETTINGS = ["--samples", "8", "--epochs", "5", "--batch-size", "2", "--bits", "2", "--group-size", "32"]
+SETTINGS = ["--samples", "8", "--epochs", "8", "--batch-size", "2", "--bits", "2", "--group-size", "32"]
 
 
 def command(model, text, out, *more):
     return ["--model", str(model), "--text", str(text), "--out", str(out), *SETTINGS, *map(str, more)]
-
-
-def blocks_finished(out):
-    report = out.with_name(out.name + ".partial") / REPORT
-    return len(json.loads(report.read_text())["blocks"]) if report.exists() else 0
 
 
 def contents(folder):
@@ -36,23 +31,28 @@ def contents(folder):
     report = json.loads(files.pop(REPORT))
     del report["seconds"]
     for block in report["blocks"]:
-        del block["seconds"]
+        del block["seconds"], block["initializing"], block["training"]
     return files | report
 
 
 @contextmanager
-def interrupted_after(out, n_blocks):
-    """Ctrl-C arrives when so many blocks are finished."""
+def when_finished(out, n_blocks, act):
+    """Call `act` when so many blocks are finished."""
 
     def watch():
         while blocks_finished(out) < n_blocks:
             time.sleep(0.005)
-        os.kill(os.getpid(), signal.SIGINT)
+        act()
 
     thread = threading.Thread(target=watch)
     thread.start()
     yield
     thread.join()
+
+
+def interrupted_after(out, n_blocks):
+    """Ctrl-C arrives when so many blocks are finished."""
+    return when_finished(out, n_blocks, lambda: os.kill(os.getpid(), signal.SIGINT))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_run_killed_while_it_finishes_goes_on_from_any_of_its_states(whole, toy,
         (["--bits", "3"], "was begun with bits 2, now it is 3"),
         (["--method", "flexround"], "was begun with method flexbcq, now it is flexround"),
         (["--seed", "1"], "was begun with seed 0, now it is 1"),
-        (["--epochs", "11"], "was begun with epochs 5, now it is 11"),
+        (["--epochs", "11"], "was begun with epochs 8, now it is 11"),
         (["--dequantized"], "was begun with dequantized False, now it is True"),
         (["--text", __file__], "was begun with calibration text "),
         (["--eval-text", __file__], "was begun with calibration text "),
@@ -220,22 +220,39 @@ def test_twenty_kills_at_random_moments_end_in_the_same_bytes(whole, toy, text, 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.slow
-def test_full_disk_ends_with_one_line_and_goes_on_when_there_is_space(whole, toy, text, tmp_path):
-    """A real one: room for the first block and the report, not for the second block."""
-    pages = [-(-path.stat().st_size // 4096) for path in sorted(whole[()].glob("model-*"))]
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={4 * (pages[0] + pages[1] // 2 + 2)}k", "tmpfs", disk]
-    if subprocess.run(mount, capture_output=True).returncode:
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 2 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True).returncode:
         pytest.skip("mounting a small disk takes root")
-    try:
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def fill(disk):
+    with open(disk / "ballast", "wb", buffering=0) as file, pytest.raises(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def test_disk_that_fills_up_ends_with_one_line_and_goes_on_when_there_is_space(disk, whole, toy, text):
+    """Another program takes all of it after the first block."""
+    with when_finished(disk / "out", 1, lambda: fill(disk)):
         result = call(main, *command(toy, text, disk / "out"))
-        last = result.err.strip().splitlines()[-1]
-        assert result.code == 2 and "could not write" in last and "is the disk full?" in last
-        assert "keeps 1 finished block: the same command goes on from there" in last
-        subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
-        assert call(main, *command(toy, text, disk / "out")).code == 0
-        assert contents(disk / "out") == contents(whole[()])
-    finally:
-        subprocess.run(["umount", disk], check=True)
+    last = result.err.strip().splitlines()[-1]
+    assert result.code == 2 and "could not write" in last and "is the disk full?" in last
+    assert last.endswith("keeps 1 finished block: the same command goes on from there")
+    (disk / "ballast").unlink()
+    assert call(main, *command(toy, text, disk / "out")).code == 0
+    assert contents(disk / "out") == contents(whole[()])
+
+
+def test_disk_that_is_too_small_is_refused_before_anything_is_written(disk, toy, text):
+    fill(disk)
+    result = call(main, *command(toy, text, disk / "out"))
+    assert result.code == 2 and "out: needs 0.001 GB, there are 0.000; make space" in result.err
+    result = call(main, *command(toy, text, disk.parent / "out", "--offload", disk))
+    assert result.code == 2 and f"--offload {disk}: needs" in result.err
+    assert [path.name for path in disk.iterdir()] == ["ballast"]
