@@ -136,7 +136,9 @@ def print_table(perplexities: dict[str, float], n_bits: int, bits: float, source
 
 def prepare(args: argparse.Namespace) -> tuple[Checkpoint, Training]:
     """Check the options and fill in the defaults that depend on the model. Raises ValueError or OSError."""
-    args.device = parallel.start(check_device(args.device))
+    args.device = check_device(parallel.start(args.device))
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)
     checkpoint = Checkpoint(args.model)
     if checkpoint.config.quantization:
         raise ValueError(f"{args.model}: is quantized already; give the original model")
@@ -252,7 +254,6 @@ def run(args: argparse.Namespace) -> None:
             f"{eval_name}, seq_len {args.seq_len}, {len(windows)} windows; {report['seconds']:.0f} seconds; "
             f"wrote {args.out}"
         )
-    parallel.stop()
 
 
 def main() -> None:

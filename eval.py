@@ -185,6 +185,7 @@ def guarded(run: Callable[[argparse.Namespace], None], parser: argparse.Argument
     parser.error = lambda message: sys.exit(fail(message))
     try:
         run(parser.parse_args())
+        parallel.stop()
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         sys.exit(fail(error))
     except RuntimeError as error:

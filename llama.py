@@ -391,7 +391,9 @@ class Checkpoint:
     def n_bytes(self, wanted: Callable[[str], bool]) -> int:
         """Bytes that these tensors take in the files."""
         sizes = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I32": 4}
-        return sum(math.prod(shape) * sizes[dtype] for name, (_, dtype, shape) in self._stored.items() if wanted(name))
+        return sum(
+            math.prod(shape) * sizes.get(dtype, 0) for name, (_, dtype, shape) in self._stored.items() if wanted(name)
+        )
 
     def _with_planes(self, module: nn.Module, prefix: str) -> nn.Module:
         """Put an empty `BCQLinear` wherever the files hold bit-planes."""

@@ -15,12 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def start(device: torch.device) -> torch.device:
+def start(device: str) -> str:
     """Join the other processes. Returns the device of this one: of several GPUs, that of its number."""
     if dist.is_torchelastic_launched():
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
         dist.init_process_group(timeout=timedelta(days=1))  # gloo on the CPU, NCCL on GPUs; process 0 may take its time
         if rank():
             sys.stdout = sys.stderr = open(os.devnull, "w")

@@ -198,3 +198,50 @@ def test_offloaded_activations_give_the_same_bytes_and_leave_no_file(packed, toy
     for shard in packed["flexbcq"].glob("*.safetensors"):
         assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
     assert list((tmp_path / "disk").iterdir()) == []
+
+
+def peak_megabytes(*options):
+    """The largest resident memory of a calibration in a process of its own, mapped files included."""
+    program = "import calibrate; calibrate.main(); print(open('/proc/self/status').read())"
+    command = [sys.executable, "-c", program, *map(str, options)]
+    status = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+
+
+@pytest.mark.slow
+def test_peak_memory_does_not_grow_with_depth(text, tmp_path):
+    """4, 16 and 64 random blocks of the bundled model's width."""
+    config = json.loads((TINY / "config.json").read_text())
+    peaks = {}
+    for n_blocks in (4, 16, 64):
+        model, out = shutil.copytree(TINY, tmp_path / f"model{n_blocks}"), tmp_path / f"out{n_blocks}"
+        (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": n_blocks}))
+        tensors = {}
+        for name, t in load_file(TINY / "model.safetensors").items():
+            if "layers" not in name:
+                tensors[name] = t
+            elif "layers.0" in name:
+                noise = (torch.randn(t.shape).mul(0.02).to(t.dtype) for _ in range(n_blocks))
+                tensors |= {name.replace("layers.0", f"layers.{i}"): x for i, x in enumerate(noise)}
+        save_file(tensors, model / "model.safetensors")
+        options = ["--samples", 2, "--epochs", 1, "--seq-len", 128, "--method", "flexround"]
+        peaks[n_blocks] = peak_megabytes("--model", model, "--text", text, "--out", out, *options)
+        print(
+            f"{n_blocks} blocks, {(model / 'model.safetensors').stat().st_size / 1e6:.0f} MB: {peaks[n_blocks]:.0f} MB"
+        )
+    assert peaks[64] < 1.05 * peaks[4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["bcq", "flexbcq"])
+def test_one_and_two_threads_give_the_same_bytes(method, text, tmp_path):
+    before = torch.get_num_threads()
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            options = ["--text", text, "--out", tmp_path / str(n), "--samples", 2, "--method", method]
+            assert call(main, *options).code == 0
+    finally:
+        torch.set_num_threads(before)
+    for shard in (tmp_path / "1").glob("*.safetensors"):
+        assert (tmp_path / "2" / shard.name).read_bytes() == shard.read_bytes()
