@@ -1,0 +1,261 @@
+// Bit-planes times activations on a GPU: y = x @ W.T straight from the planes, for 1 to 8 rows of x ("tokens").
+//
+//     bit_planes  (n_bits, out/32, in/32, 32) int32         word [i, t, c, r]: plane i, row 32t + r, columns 32c ..
+//     alpha       (n_bits, out/32, in/group_size, 32) fp16  w = sum_i alpha_i b_i + shift, with b_i = +1 where the
+//     shift       (out/32, in/group_size, 32) fp16          bit of plane i is 1, and -1 where it is 0
+//     x, y        (batch, in), (batch, out)                 fp32, fp16 or bf16; sums are kept in fp32
+//
+// kernel.py tells the layout in full. Two kernels compute the same: `readable_kernel` is the definition and takes every
+// shape, `fast_kernel` hands the planes to the tensor cores. In both, a block owns a tile of 32 rows, its warps share
+// the columns among them, and at the end the sums of the warps are added in a fixed order. So there are no atomics, two
+// runs agree bit for bit, and a token goes through the same operations whatever the batch it is in.
+//
+// No PyTorch here, and nothing is allocated. tests/cuda_on_cpu.h lets g++ compile this file, to run it without a GPU.
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+constexpr int TILE = 32;      // rows side by side, columns in a word, threads in a warp
+constexpr int WARPS = 12;     // in a block, at most
+constexpr int MAX_BATCH = 8;  // and the n of the mma
+constexpr int CHUNK = 128;    // columns that a warp of the fast kernel takes at a time
+enum Type { FP32, FP16, BF16 };
+enum Path { AUTO, READABLE, FAST };
+
+__device__ float load(const void* x, int type, int i) {
+    if (type == FP32) return ((const float*)x)[i];
+    if (type == FP16) return __half2float(((const __half*)x)[i]);
+    return __bfloat162float(((const __nv_bfloat16*)x)[i]);
+}
+
+__device__ void store(void* y, int type, int i, float value) {
+    if (type == FP32) ((float*)y)[i] = value;
+    if (type == FP16) ((__half*)y)[i] = __float2half(value);
+    if (type == BF16) ((__nv_bfloat16*)y)[i] = __float2bfloat16(value);
+}
+
+// The end of both kernels: y is what the warps of the block have summed, added up in the order of the warps.
+__device__ void add_warps(const float partial[][MAX_BATCH][TILE], void* y, int type, int batch, int out_features) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < batch * TILE; i += blockDim.x) {
+        int token = i / TILE, row = i % TILE;
+        float sum = 0;
+        for (unsigned warp = 0; warp < blockDim.x / TILE; warp++) sum += partial[warp][token][row];
+        row += blockIdx.x * TILE;
+        if (row < out_features) store(y, type, token * out_features + row, sum);  // the last tile may end in padding
+    }
+}
+
+// ---- The readable kernel ----
+using Words = int[TILE];      // one word of each row of a tile: 128 bytes, which a warp reads at once, a lane a row
+using Scales = __half[TILE];  // one alpha or shift of each row
+
+// A warp takes 32 columns at a time. Each lane rebuilds the weight of its row in one column after the other and
+// multiplies it with x in that column.
+template <int n_bits, int tokens>
+__global__ void __launch_bounds__(WARPS * TILE)
+readable_kernel(const Words* bit_planes, const Scales* alpha, const Scales* shift, const void* x, void* y, int type,
+                int batch, int in_features, int out_features, int group_size) {
+    __shared__ float x_tile[WARPS][tokens][TILE], partial[WARPS][MAX_BATCH][TILE];
+    int warp = threadIdx.x / TILE, lane = threadIdx.x % TILE;
+    int words = in_features / TILE, groups = in_features / group_size;
+    float sum[tokens] = {};
+    for (int c = warp; c < words; c += WARPS) {
+        for (int token = 0; token < tokens; token++)
+            x_tile[warp][token][lane] = token < batch ? load(x, type, token * in_features + c * TILE + lane) : 0;
+        __syncwarp();  // now every lane may read all 32 columns
+
+        int group = c * TILE / group_size, word[n_bits];
+        float lowest = __half2float(shift[blockIdx.x * groups + group][lane]), step[n_bits];
+        for (int i = 0; i < n_bits; i++) {
+            int tile = i * gridDim.x + blockIdx.x;
+            word[i] = bit_planes[tile * words + c][lane];
+            float a = __half2float(alpha[tile * groups + group][lane]);
+            lowest -= a;      // the weight with no bit set
+            step[i] = 2 * a;  // what a bit adds to it: from b = -1 to b = +1
+        }
+#pragma unroll(TILE / tokens)
+        for (int column = 0; column < TILE; column++) {
+            float weight = lowest;
+            for (int i = 0; i < n_bits; i++)
+                if (word[i] >> column & 1) weight += step[i];
+            for (int token = 0; token < tokens; token++) sum[token] += weight * x_tile[warp][token][column];
+        }
+        __syncwarp();  // nobody needs these columns any more
+    }
+    for (int token = 0; token < tokens; token++) partial[warp][token][lane] = sum[token];
+    add_warps(partial, y, type, batch, out_features);
+}
+
+// ---- The fast kernel ----
+// `word & 0x00010001 << p` leaves one bit in each half of a word. Read as fp16, such a half is 0 or a power of two,
+// from 2^-17 for p = 7 to 2 for p = 14. So one AND makes two exact operands for the tensor cores, of columns q and
+// q + 16, if x has been divided by that power. `word << 7` brings columns 0..7 and 16..23 to p = 7..14, and
+// `word >> 1` brings columns 8..15 and 24..31 there.
+
+// x as the mma wants it: 128 columns of up to 8 tokens. They are scaled by a power of two, so that the largest |x| of a
+// token lies in [1/8, 1/4): then 2x / 2^-17 just fits into fp16, be it bf16 or an outlier. Rounding to fp16 changes
+// nothing in an x above 2^-10 of the largest, and smaller ones by at most 2^-21 of the largest.
+struct Chunk {
+    unsigned pairs[4][MAX_BATCH][4][4];  // [v, token, t]: of word t the columns (q, q + 16) for q = 2v, 2v + 8, 2v + 1,
+                                         // 2v + 9, times 2 / (the power of two that the mma sees in place of a bit)
+    float2 scale_and_sum[MAX_BATCH];     // of a token: what undoes the scaling, and minus the sum of the scaled x
+};
+
+__global__ void prepare_x(const void* x, int type, int in_features, Chunk* chunks) {
+    int token = threadIdx.x / TILE, lane = threadIdx.x % TILE, t = lane / 16, q = lane % 16;
+    float value[2][2], largest = 0, sum = 0;
+    for (int k = 0; k < 4; k++) {  // columns q and q + 16 of words t and t + 2
+        int column = blockIdx.x * CHUNK + (t + k / 2 * 2) * TILE + q + k % 2 * 16;
+        float v = value[k / 2][k % 2] = load(x, type, token * in_features + column);
+        largest = fmaxf(largest, fabsf(v));
+        sum += v;
+    }
+    for (int distance = 1; distance < TILE; distance *= 2) {
+        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
+        sum += __shfl_xor_sync(~0u, sum, distance);
+    }
+    int exponent;
+    frexpf(largest, &exponent);  // 2^(exponent - 1) <= largest < 2^exponent
+    float power = __half2float(__ushort_as_half(1 << (7 + q % 8)));
+    for (int k = 0; k < 2; k++) {
+        unsigned low = __half_as_ushort(__float2half(ldexpf(value[k][0], -exponent - 1) / power));
+        unsigned high = __half_as_ushort(__float2half(ldexpf(value[k][1], -exponent - 1) / power));
+        chunks[blockIdx.x].pairs[q % 8 / 2][token][t + 2 * k][q % 2 * 2 + q / 8] = high << 16 | low;
+    }
+    if (lane == 0) chunks[blockIdx.x].scale_and_sum[token] = {ldexpf(1, exponent + 2), -ldexpf(sum, -exponent - 2)};
+}
+
+#ifdef __CUDACC__
+// d += a @ b on the tensor cores: a (16, 16) and b (16, 8) in fp16, d (16, 8) in fp32. Lane 4g + t holds, two fp16 to a
+// register: of a, row g, columns 2t, 2t + 1; row g + 8, the same columns; both rows again, 8 columns further; of b,
+// column g, rows 2t, 2t + 1, and 8 rows further; of d, row g, columns 2t, 2t + 1; row g + 8, the same columns.
+__device__ void mma(float d[4], const unsigned a[4], const unsigned b[2]) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    __trap();
+#endif
+}
+#endif
+
+// Four rows at a time: 16 bytes of words and 8 bytes of scales are one load each.
+using ChunkWords = uint4[4][TILE / 4];  // [t, g]: word t of rows 4g .. 4g + 3
+using ChunkScales = uint2[TILE / 4];    // [g]
+
+__device__ float2 scales_of(const uint2& four_rows, int r) {  // of rows r and r + 1
+    return __half22float2(((const __half2*)&four_rows)[r / 2]);
+}
+
+// A warp takes 128 columns at a time, lane 4g + t word t of rows 4g .. 4g + 3. It passes rows 4g, 4g + 1 off as the
+// mma's g, g + 8, and later 4g + 2, 4g + 3; it passes columns q, q + 16, q + 8, q + 24 of its word off as the mma's
+// 2t, 2t + 1, 2t + 8, 2t + 9. Which is called which does not matter if x and y follow.
+template <int n_bits, int warps>
+__global__ void __launch_bounds__(warps * TILE, 2)  // two blocks an SM: registers for that, and enough loads in flight
+fast_kernel(const ChunkWords* bit_planes, const ChunkScales* alpha, const ChunkScales* shift, const Chunk* x, void* y,
+            int type, int batch, int in_features, int out_features, int group_size) {
+    __shared__ float partial[warps][MAX_BATCH][TILE];
+    int warp = threadIdx.x / TILE, lane = threadIdx.x % TILE, g = lane / 4, t = lane % 4, last = batch - 1;
+    int chunks = in_features / CHUNK, groups = in_features / group_size;
+    float groups_per_chunk = float(CHUNK) / group_size;
+    float total[4][2] = {};  // rows 4g .. 4g + 3, tokens 2t and 2t + 1
+    for (int chunk = warp; chunk < chunks; chunk += warps) {
+        int group = (chunk + 0.5f) * groups_per_chunk;  // chunk * CHUNK / group_size without a slow division
+        uint4 words[n_bits], pairs[4];
+        uint2 offset = shift[blockIdx.x * groups + group][g], scales[n_bits];
+        for (int i = 0; i < n_bits; i++) {
+            int tile = i * gridDim.x + blockIdx.x;
+            words[i] = __ldcs(&bit_planes[tile * chunks + chunk][t][g]);  // used once: leave the cache to x
+            scales[i] = alpha[tile * groups + group][g];
+        }
+        for (int v = 0; v < 4; v++)  // past the batch, repeat its last token: that is never stored
+            pairs[v] = *(const uint4*)x[chunk].pairs[v][min(g, last)][t];
+        float2 first = x[chunk].scale_and_sum[min(2 * t, last)], second = x[chunk].scale_and_sum[min(2 * t + 1, last)];
+        __syncwarp();  // or else the compiler moves loads down to their first use, and they are waited for in turn
+
+        for (int r = 0; r < 4; r += 2) {
+            float2 s = scales_of(offset, r);
+            float sum[2][2] = {{-s.x * first.y, -s.x * second.y}, {-s.y * first.y, -s.y * second.y}};
+            for (int i = 0; i < n_bits; i++) {
+                unsigned upper = ((const unsigned*)&words[i])[r], lower = ((const unsigned*)&words[i])[r + 1];
+                float d[4] = {first.y, second.y, first.y, second.y};  // -sum x; with 2x for every 1 it is sum b x
+                for (int q = 0; q < 8; q++) {
+                    unsigned bit = 0x00010001 << (7 + q);
+                    unsigned a[4] = {upper << 7 & bit, lower << 7 & bit, upper >> 1 & bit, lower >> 1 & bit};
+                    mma(d, a, (const unsigned*)pairs + 2 * q);
+                }
+                float2 a = scales_of(scales[i], r);
+                sum[0][0] += a.x * d[0], sum[0][1] += a.x * d[1], sum[1][0] += a.y * d[2], sum[1][1] += a.y * d[3];
+            }
+            for (int k = 0; k < 2; k++)
+                total[r + k][0] += sum[k][0] * first.x, total[r + k][1] += sum[k][1] * second.x;
+        }
+    }
+    for (int r = 0; r < 4; r++)
+        for (int k = 0; k < 2; k++) partial[warp][2 * t + k][4 * g + r] = total[r][k];
+    add_warps(partial, y, type, batch, out_features);
+}
+
+// ---- Launching ----
+// What `kernel<<<blocks, warps * 32, 0, stream>>>(...)` is short for.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int blocks, int warps, void* stream, Arguments... arguments) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(warps * TILE);
+    config.stream = (cudaStream_t)stream;
+    return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+template <int tokens>
+auto readable_for(int n_bits) {
+    static const decltype(&readable_kernel<1, tokens>) kernels[] = {
+        readable_kernel<1, tokens>, readable_kernel<2, tokens>, readable_kernel<3, tokens>, readable_kernel<4, tokens>,
+        readable_kernel<5, tokens>, readable_kernel<6, tokens>, readable_kernel<7, tokens>, readable_kernel<8, tokens>};
+    return kernels[n_bits - 1];
+}
+
+static bool has_mma() {
+    int device, major;
+    return cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 8;
+}
+
+// Bytes on the device in which the fast kernel prepares x; free for other use as soon as y is there.
+extern "C" size_t bcq_matmul_workspace_bytes(int in_features) { return in_features / CHUNK * sizeof(Chunk); }
+
+// y = x @ W.T on `stream` (a cudaStream_t). Tensors as in the header, contiguous, starting at a multiple of 16 bytes.
+// AUTO takes the fast kernel where it can: sm_80 or later, x in fp16 or bf16 (fp32 has more digits than its operands),
+// 1 to 4 bits, group_size a multiple of 128, and a workspace that is not null. Returns null, or what is wrong.
+extern "C" const char* bcq_matmul_cuda(const void* bit_planes, const void* alpha, const void* shift, const void* x,
+                                       void* y, void* workspace, int type, int batch, int in_features,
+                                       int out_features, int n_bits, int group_size, int path, void* stream) {
+    if (batch < 1 || batch > MAX_BATCH) return "batch is not 1 to 8";
+    if (n_bits < 1 || n_bits > 8) return "n_bits is not 1 to 8";
+    if (type < FP32 || type > BF16) return "x is not fp32, fp16 or bf16";
+    if (group_size < TILE || group_size % TILE || in_features % group_size) return "group_size does not fit";
+    bool can_be_fast = type != FP32 && n_bits <= 4 && group_size % CHUNK == 0 && workspace && has_mma();
+    if (path == FAST && !can_be_fast) return "the fast kernel does not take this";
+
+    int tiles = (out_features + TILE - 1) / TILE;
+    cudaError_t error;
+    if (path == READABLE || !can_be_fast) {
+        auto kernel = batch == 1 ? readable_for<1>(n_bits) : readable_for<MAX_BATCH>(n_bits);
+        error = launch(kernel, tiles, WARPS, stream, (const Words*)bit_planes, (const Scales*)alpha,
+                       (const Scales*)shift, x, y, type, batch, in_features, out_features, group_size);
+    } else {
+        static const decltype(&fast_kernel<1, 12>) kernels[] = {fast_kernel<1, 12>, fast_kernel<2, 12>,
+                                                                fast_kernel<3, 12>, fast_kernel<4, 8>};
+        int warps = n_bits < 4 ? 12 : 8;  // for 4 planes a lane needs more registers than 12 warps leave it
+        error = launch(prepare_x, in_features / CHUNK, batch, stream, x, type, in_features, (Chunk*)workspace);
+        if (error == cudaSuccess)
+            error = launch(kernels[n_bits - 1], tiles, warps, stream, (const ChunkWords*)bit_planes,
+                           (const ChunkScales*)alpha, (const ChunkScales*)shift, (const Chunk*)workspace, y, type,
+                           batch, in_features, out_features, group_size);
+    }
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
