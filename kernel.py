@@ -16,7 +16,7 @@ alpha halves from plane to plane, they are the familiar 0 .. 2^n_bits - 1.
 
 Up to 8 tokens at a time are multiplied straight from the bit-planes, by the first of these paths that a machine offers:
 
-    on a GPU    fast, readable         kernel.cu, both are explained there
+    on a GPU    cuda                   kernel.cu: its fast kernel where the shape allows it, else the readable one
     on a CPU    avx512, avx2, scalar   kernel.cpp
     anywhere    torch                  plain PyTorch: dequantize, then a matrix product
 
@@ -27,6 +27,7 @@ The environment variable FLEXBCQ_KERNEL=NAME forces one. The kernels are compile
 import argparse
 import functools
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -36,13 +37,14 @@ from typing import Callable
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
 TILE = 32  # rows side by side, and columns in a word
 MAX_BATCH = 8  # tokens that the kernels take at once
-BUILD = Path(__file__).with_name("build") / f"python{sys.version_info[0]}.{sys.version_info[1]}-torch{torch.__version__}"
+BUILD = (
+    Path(__file__).with_name("build") / f"python{sys.version_info[0]}.{sys.version_info[1]}-torch{torch.__version__}"
+)
 
 
 def columns_per_group(in_features: int, group_size: int) -> int:
@@ -109,10 +111,12 @@ def library() -> ModuleType | None:
 
     here, with_cuda = Path(__file__).parent, torch.cuda.is_available() and cpp_extension.CUDA_HOME is not None
     sources = [here / "kernel.cpp"] + ([here / "kernel.cu"] if with_cuda else [])
-    # -fopenmp is for compiling only: at link time it would bring a second thread pool beside the one PyTorch comes with;
-    # without -fno-tree-ter GCC undoes the order of the innermost loop, and every addition waits for the one before
+    # -fopenmp only when compiling: when linking, it would bring a second thread pool beside PyTorch's; without
+    # -fno-tree-ter GCC undoes the order of the innermost loop, and every addition waits for the one before
     flags = ["-O3", "-fopenmp", "-fno-tree-ter", "-Wno-psabi"] + ["-DWITH_CUDA"] * with_cuda
     try:
+        if shutil.which(os.environ.get("CXX", "c++")) is None:
+            raise OSError("no C++ compiler is installed")
         import ninja
 
         os.environ["PATH"] += os.pathsep + ninja.BIN_DIR  # not on it in a virtual environment that is not activated
@@ -126,7 +130,7 @@ def library() -> ModuleType | None:
             extra_cflags=flags, extra_cuda_cflags=["-O3"],
         )  # fmt: skip
     except Exception as error:  # whatever it is, plain PyTorch does the same, slower
-        print(f"no compiled kernels ({str(error).splitlines()[0]}): on with plain PyTorch", file=sys.stderr)
+        print(f"no compiled kernels ({str(error).splitlines()[0][:150]}): on with plain PyTorch", file=sys.stderr)
         return None
 
 
@@ -141,7 +145,7 @@ def paths(device_type: str) -> list[str]:
     elif device_type == "cpu":
         found = library().cpu_paths()
     else:
-        found = ["fast", "readable"] if hasattr(library(), "cuda") else []
+        found = ["cuda", "fast", "readable"] if hasattr(library(), "cuda") else []
     found.append("torch")
     if forced and forced not in found:
         raise ValueError(f"FLEXBCQ_KERNEL={forced}: this machine offers {', '.join(found)}")
@@ -196,7 +200,8 @@ class BCQLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) -> (..., out_features) in the dtype of x. Raises ValueError on another width or device.
 
-        A few tokens are multiplied from the bit-planes; many, or ones that need gradients, by the dequantized weight."""
+        A few tokens are multiplied from the bit-planes; many, or those that need gradients, by the dequantized weight.
+        """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} columns, the weight has in_features {self.in_features}")
         few = 1 <= x.numel() // self.in_features <= MAX_BATCH
@@ -288,10 +293,13 @@ def measure(shape: tuple[int, int], n_bits: int, args: argparse.Namespace) -> li
 
 def plot(rows: list[dict], path: Path) -> None:
     """GB/s of weights against bits, a line per shape at the smallest batch, and the read bandwidth as the roof."""
+    from matplotlib.figure import Figure  # only here: everything imports this module
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     first = [row for row in rows if row["batch"] == rows[0]["batch"]]
-    for shape, marker, color in zip(dict.fromkeys(r["out x in"] for r in first), "osD^", ("#0072B2", "#D55E00", "#009E73", "#CC79A7")):  # fmt: skip
+    looks = zip("osD^", ("#0072B2", "#D55E00", "#009E73", "#CC79A7"))
+    for shape, (marker, color) in zip(dict.fromkeys(row["out x in"] for row in first), looks):
         points = [(r["bits"], float(r["GB/s"])) for r in first if r["out x in"] == shape]
         axes.plot(*zip(*points), marker=marker, color=color, label=shape)
     roof = statistics.median(float(row["read GB/s"]) for row in rows)
@@ -304,23 +312,38 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def shape(text: str) -> tuple[int, int]:
+    """ "8192x28672" -> (8192, 28672)."""
+    out_features, in_features = map(int, text.split("x"))
+    return out_features, in_features
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the kernels of this machine against F.linear.")
     add = parser.add_argument
-    add("--shapes", nargs="+", default=["8192x28672", "14336x4096"], help="out x in (default: %(default)s)")
-    add("--bits", nargs="+", type=int, default=[2, 3, 4], help="(default: %(default)s)")
-    add("--batch", nargs="+", type=int, default=[1, 4, 8], help="tokens at once (default: %(default)s)")
+    add("--shapes", nargs="+", type=shape, default=[(8192, 28672), (14336, 4096)], help="rows x columns of the weight "
+        "(default: 8192x28672 14336x4096)")  # fmt: skip
+    add("--bits", nargs="+", type=int, default=[2, 3, 4], help="(default: 2 3 4)")
+    add("--batch", nargs="+", type=int, default=[1, 4, 8], help="tokens at once (default: 1 4 8)")
     add("--group-size", type=int, default=128, help="-1: a row (default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     add("--rounds", type=int, default=15, help="measurements each, the median counts (default: %(default)s)")
     add("--out", default="benchmark", help="writes OUT.md and OUT.png (default: %(default)s)")
     args = parser.parse_args()
-    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
-    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
-    title = f"{name}, groups of {args.group_size}, path {paths(args.device.split(':')[0])[0]}"
-    jobs = [(shape, n_bits) for shape in shapes for n_bits in args.bits]
+    try:
+        run(args)
+    except (ValueError, RuntimeError, OSError) as error:
+        parser.error(str(error).splitlines()[0])
+
+
+def run(args: argparse.Namespace) -> None:
+    cuda = args.device.startswith("cuda")
+    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    title = f"{name}, groups of {args.group_size}, path {paths('cuda' if cuda else 'cpu')[0]}"
+    rows, jobs = [], [(shape, n_bits) for shape in args.shapes for n_bits in args.bits]
     with torch.inference_mode():
-        rows = [row for job in tqdm(jobs, leave=False) for row in measure(*job, args)]
+        for job in tqdm(jobs, unit="weight", leave=False):
+            rows += measure(*job, args)
     lines = [list(rows[0]), ["---:"] * len(rows[0]), *(map(str, row.values()) for row in rows)]
     table = f"{title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
     Path(args.out + ".md").write_text(table, "utf-8")
