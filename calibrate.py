@@ -2,178 +2,82 @@
 
     python calibrate.py                                                      # the bundled model, 3 bits
     python calibrate.py --model FOLDER --text wiki.train.raw --eval-text wiki.test.raw --bits 3 --group-size 128
+    torchrun --nproc-per-node 8 calibrate.py --model FOLDER ..               # with all GPUs of a machine
 
-For each decoder block, first to last: initialize its quantizers; train them so that the block, fed with what the
-quantized blocks before it produce, returns what the original model returns there; pack it; write it; go on. (Block by
-block as in BRECQ, Li et al. 2021; mixing in inputs of the original model as in QDrop, Wei et al. 2022.)
-
-In memory are the embedding, one block with its quantizers, and three sets of activations (samples, seq_len,
-hidden_size) in float32 on the CPU: inputs on the original path, inputs on the quantized path, targets.
+What is done to each block stands in blocks.py; how a run that was killed goes on, in resume.py; how several processes
+share the work, in parallel.py. Here: the checks and the plan beforehand, the loop over the blocks, the report.
 """
 
 import argparse
-import json
-import math
+import os
 import platform
+import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
+import parallel
+from blocks import Training, activations, forward, is_trained, pack_layers, quantize_block, quantize_layers
 from eval import TINY, batches, check_device, cut, default_device, guarded
 from eval import load_text, load_tokenizer, perplexity, resolve_seq_len, tokenize
-from flexbcq import METHODS, FlexBCQLinear
+from flexbcq import METHODS
 from kernel import BCQLinear
-from llama import Block, Checkpoint, linears, new_folder, rope_tables, write_config, write_index, write_tensors
-
-
-@dataclass
-class Training:
-    """How the quantizers of a block are trained; the defaults are the paper's."""
-
-    epochs: int = 20  # passes over the samples
-    batch_size: int = 1  # sequences in a step
-    seed: int = 0  # of samples, order and mixing
-    mapping_rate: float = 5e-3  # learning rate of scale, s_elem and s_row, falling to 0 as a cosine
-    level_rate: float = 5e-4  # learning rate of alpha and shift, likewise
-    period: int = 2  # steps from one mapping to the next
-    original_input: float = 0.5  # share of input elements that come from the original model
-
+from llama import Block, Checkpoint, linears, rope_tables, whole_file, write_json
+from resume import REPORT, dequantize_blocks, read_block, resumable, write_block, write_rest
 
 QUICK_EPOCHS = 1  # for the bundled model: less than three minutes on two CPU cores
 
 
-def quantize_layers(checkpoint: Checkpoint, block: Block, i: int, method: str, n_bits: int, group_size: int):
-    """Swap every linear layer of block i for a quantizer of the weight as it is stored. Yields (name, quantizer)."""
-    for name, linear in linears(block).items():
-        weight = checkpoint.tensor(f"model.layers.{i}.{name}.weight", linear.weight.shape).to(linear.weight.device)
-        quantizer = FlexBCQLinear(weight, n_bits, group_size, *METHODS[method])
-        block.set_submodule(name, quantizer)
-        yield name, quantizer
+def calibrate(checkpoint: Checkpoint, ids: Tensor, args, settings: Training, folder: Path, report: dict) -> None:
+    """Quantize every block, in order, and write it to `folder`; those in the report are finished already.
 
-
-def pack_layers(block: Block, quantizers: dict[str, FlexBCQLinear]) -> dict[str, BCQLinear]:
-    """Swap every quantizer for its bit-planes: from here on the numbers are those of the file."""
-    packed = {name: quantizer.pack() for name, quantizer in quantizers.items()}
-    for name, layer in packed.items():
-        block.set_submodule(name, layer)
-    return packed
-
-
-@torch.inference_mode()
-def block_outputs(block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: (samples, seq_len, hidden_size) on the CPU -> the block's output, likewise."""
-    return torch.cat([block(part.to(cos.device), cos, sin).cpu() for part in batches(x)])
-
-
-def train_block(
-    block: Block, quantizers: list[FlexBCQLinear], inputs: tuple[Tensor, Tensor], target: Tensor,
-    rope: tuple[Tensor, Tensor], settings: Training, generator: torch.Generator, advance=lambda: None,
-) -> None:  # fmt: skip
-    """Adam on the mean squared error of the block's output; changes the quantizers in place.
-
-    inputs: from the original and from the quantized blocks before; they and target: (samples, seq_len, hidden_size)
-    rope: cos and sin, on the device of the block; generator: draws order and mixing; advance: called after each step
-    Raises ValueError if the loss is not finite."""
-    levels = {"params": [p for q in quantizers for p in q.level_parameters()], "lr": settings.level_rate}
-    mapping = {"params": [p for q in quantizers for p in q.mapping_parameters()], "lr": settings.mapping_rate}
-    optimizer = torch.optim.Adam([mapping, levels], fused=True)
-    epochs = [torch.randperm(len(target), generator=generator) for _ in range(settings.epochs)]
-    order = [chosen for epoch in epochs for chosen in epoch.split(settings.batch_size)]
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(order))
-    for step, chosen in enumerate(order):
-        if step and step % settings.period == 0:
-            for quantizer in quantizers:
-                quantizer.remap()
-        original, quantized = (x[chosen] for x in inputs)
-        mixed = torch.where(
-            torch.rand(original.shape, generator=generator) < settings.original_input, original, quantized
-        )
-        loss = F.mse_loss(block(mixed.to(rope[0].device), *rope), target[chosen].to(rope[0].device))
-        if not math.isfinite(loss.item()):
-            raise ValueError(f"the loss is {loss.item()} at step {step}")
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        advance()
-
-
-def quantize_block(checkpoint, i, inputs, rope, args, settings, bar) -> tuple[dict[str, BCQLinear], tuple, dict]:
-    """Block i from float to bit-planes. Returns its packed layers, the inputs of the next block and its record."""
-    start, (original, quantized) = time.time(), inputs
-    block = checkpoint.block(i, device=args.device)
-    target = block_outputs(block, original, *rope)
-    quantizers = {}
-    for name, quantizer in quantize_layers(checkpoint, block, i, args.method, args.bits, args.group_size):
-        quantizers[name] = quantizer
-        bar.update()
-    before = F.mse_loss(block_outputs(block, quantized, *rope), target).item()
-    bar.set_postfix_str(f"loss {before:.3e}")
-    if is_trained(args.method):
-        generator = torch.Generator().manual_seed(settings.seed * 100_003 + i)
-        train_block(block, list(quantizers.values()), inputs, target, rope, settings, generator, bar.update)
-    packed = pack_layers(block, quantizers)
-    output = block_outputs(block, quantized, *rope)
-    record = {"loss_before": before, "loss_after": F.mse_loss(output, target).item(), "seconds": time.time() - start}
-    return packed, (target, output), record
-
-
-def is_trained(method: str) -> bool:
-    """A learned mapping needs gradients; rtn and bcq look at the weights alone."""
-    return METHODS[method][0]
-
-
-def calibrate(checkpoint: Checkpoint, ids: Tensor, args, settings: Training, folder: Path) -> list[dict]:
-    """Quantize every block, in order, and write it to `folder`. ids: (samples, seq_len). Returns a record per block."""
+    ids: (samples, seq_len); report: as in resume.py, here it gets a record per block"""
+    n_blocks, records = checkpoint.config.num_hidden_layers, report["blocks"]
+    if len(records) == n_blocks:
+        return
     rope = rope_tables(checkpoint.config, ids.shape[1], args.device)
-    n_blocks, records, start = checkpoint.config.num_hidden_layers, [], time.time()
-    x = checkpoint.embedding()(ids)  # (samples, seq_len, hidden_size)
-    inputs = x, x
-    n_steps = settings.epochs * math.ceil(len(ids) / settings.batch_size) if is_trained(args.method) else 0
-    for i in range(n_blocks):
+    original, quantized, target = first_inputs(checkpoint, parallel.share(ids), args.offload)
+    for i in tqdm(range(len(records)), desc="finished blocks again, forward only", unit="block", leave=False):
+        block = checkpoint.block(i, device=args.device)
+        forward(block, original, rope, out=original)
+        for name, layer in read_block(checkpoint, i, folder, args).items():
+            block.set_submodule(name, layer.to(args.device))
+        forward(block, quantized, rope, out=quantized)
+    n_steps = settings.epochs * len(ids) // settings.batch_size if is_trained(args.method) else 0
+    for i in range(len(records), n_blocks):
         with tqdm(total=7 + n_steps, desc=f"block {i + 1}/{n_blocks}", unit="step") as bar:  # 7 linears to initialize
-            try:
-                packed, inputs, record = quantize_block(checkpoint, i, inputs, rope, args, settings, bar)
-            except ValueError as error:
-                raise ValueError(f"model.layers.{i}: {error}") from None
-            left = (time.time() - start) / (i + 1) * (n_blocks - i - 1) / 60
+            inputs = original, quantized
+            packed, record = quantize_block(checkpoint, i, inputs, target, rope, args, settings, bar)
+            original, target = target, original
+            if parallel.rank() == 0:
+                write_block(checkpoint, i, packed, folder)
+                write_json(folder / REPORT, report | {"blocks": [*records, record]})
+            records.append(record)
+            left = sum(r["seconds"] for r in records) / len(records) * (n_blocks - i - 1) / 60
             bar.set_postfix_str(
                 "loss {loss_before:.3e} -> {loss_after:.3e}".format(**record) + f", {left:.1f} min left"
             )
-        records.append(record)
-        write_block(checkpoint, i, packed, folder, args.dequantized)
-    return records
 
 
-def write_block(checkpoint: Checkpoint, i: int, packed: dict[str, BCQLinear], folder: Path, dequantized: bool) -> None:
-    """Block i as a shard: bit-planes, or the weights they stand for, and the norms as they were."""
-    prefix, n_shards = f"model.layers.{i}.", checkpoint.config.num_hidden_layers + 1
-    tensors = checkpoint.tensors(lambda name: name.startswith(prefix))
-    for name, layer in packed.items():
-        weight = tensors.pop(f"{prefix}{name}.weight")
-        stored = {"weight": layer.dequantize(weight.dtype)} if dequantized else layer.state_dict()
-        tensors |= {f"{prefix}{name}.{key}": t for key, t in stored.items()}
-    write_tensors(folder / f"model-{i + 1:05d}-of-{n_shards:05d}.safetensors", tensors)
+def first_inputs(checkpoint: Checkpoint, ids: Tensor, folder: str | None) -> list[Tensor]:
+    """Three sets of activations (see blocks.py), two of them filled with the embeddings of ids: (samples, seq_len)."""
+    sets = [activations((*ids.shape, checkpoint.config.hidden_size), folder) for _ in range(3)]
+    table = checkpoint.embedding(torch.bfloat16)
+    for part, *places in zip(*(batches(x) for x in (checkpoint.check_ids(ids), *sets[:2]))):
+        for place in places:
+            place.copy_(table(part))
+    return sets
 
 
-def write_rest(checkpoint: Checkpoint, folder: Path, quantization: dict | None) -> None:
-    """Embedding, norm and head as they were, the index of all shards, config.json and the tokenizer."""
-    rest = checkpoint.tensors(lambda name: not name.startswith("model.layers."))
-    n_shards = checkpoint.config.num_hidden_layers + 1
-    write_tensors(folder / f"model-{n_shards:05d}-of-{n_shards:05d}.safetensors", rest)
-    write_index(folder)
-    config = checkpoint.raw_config | ({"quantization_config": quantization} if quantization else {})
-    write_config(folder, config, checkpoint.folder)
+def check_layers(checkpoint: Checkpoint, n_bits: int, group_size: int) -> tuple[int, float]:
+    """Weights to quantize in a block, and stored bits for each, alpha and shift counted.
 
-
-def check_layers(checkpoint: Checkpoint, n_bits: int, group_size: int) -> float:
-    """Stored bits per quantized weight, alpha and shift counted. Raises ValueError naming a layer that does not fit."""
+    Raises ValueError naming a layer that does not fit."""
     with torch.device("meta"):
         block = Block(checkpoint.config)
     stored = weights = 0
@@ -184,7 +88,7 @@ def check_layers(checkpoint: Checkpoint, n_bits: int, group_size: int) -> float:
             raise ValueError(f"model.layers.0.{name}: {error}") from None
         stored += sum(8 * t.numel() * t.element_size() for t in packed.state_dict().values())
         weights += linear.weight.numel()
-    return stored / weights
+    return weights, stored / weights
 
 
 def load_texts(checkpoint: Checkpoint, args: argparse.Namespace) -> tuple[Tensor, Tensor, str]:
@@ -218,7 +122,7 @@ def plot(records: list[dict], title: str, path: Path) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def print_table(perplexities: dict[str, float], n_bits: int, bits: float, source: Path, folder: Path) -> None:
@@ -232,46 +136,124 @@ def print_table(perplexities: dict[str, float], n_bits: int, bits: float, source
 
 def prepare(args: argparse.Namespace) -> tuple[Checkpoint, Training]:
     """Check the options and fill in the defaults that depend on the model. Raises ValueError or OSError."""
-    args.device = check_device(args.device)
+    args.device = check_device(parallel.start(args.device))
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)
     checkpoint = Checkpoint(args.model)
     if checkpoint.config.quantization:
         raise ValueError(f"{args.model}: is quantized already; give the original model")
     args.out = Path(args.out or f"{checkpoint.folder.resolve().name}-{args.method}-{args.bits}bit")
     if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
         raise OSError(f"--out {args.out}: exists and is not empty; delete it or choose another folder")
+    if not os.access(args.out.parent, os.W_OK | os.X_OK):
+        raise OSError(f"--out {args.out}: {args.out.parent} is no folder that can be written to; create it first")
     args.seq_len = resolve_seq_len(args.seq_len, checkpoint)
     if args.epochs is None:
         args.epochs = QUICK_EPOCHS if checkpoint.folder.resolve() == TINY else Training.epochs
+    if args.batch_size is None:
+        args.batch_size = parallel.world() * Training.batch_size
     for option, value in (("samples", args.samples), ("epochs", args.epochs), ("batch-size", args.batch_size)):
         if value < 1:
             raise ValueError(f"--{option} {value}: must be at least 1")
+    if args.samples % args.batch_size or args.batch_size % parallel.world():
+        raise ValueError(
+            f"--batch-size {args.batch_size}: must divide --samples {args.samples}, and the number of processes "
+            f"({parallel.world()}) must divide it"
+        )
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed {args.seed}: choose 0 to {2**32 - 1}")
+    if args.offload and not os.access(args.offload, os.W_OK | os.X_OK):
+        raise OSError(f"--offload {args.offload}: no folder that can be written to; create it first")
     return checkpoint, Training(args.epochs, args.batch_size, args.seed)
+
+
+def check_space(checkpoint: Checkpoint, weights: int, bits: float, args: argparse.Namespace) -> None:
+    """Print what will be needed on the host. Raises ValueError if there is less of it."""
+    config, partial = checkpoint.config, args.out.with_name(args.out.name + ".partial")
+    stored = sum(file.stat().st_size for file in checkpoint.folder.glob("*.safetensors"))
+    if not args.dequantized:
+        linear = checkpoint.n_bytes(lambda name: name.endswith("_proj.weight"))
+        stored += config.num_hidden_layers * weights * bits / 8 - linear
+    there = sum(file.stat().st_size for file in partial.glob("*"))  # of an earlier run, to be gone on with
+    needs = {f"--out {args.out}": (stored - there, shutil.disk_usage(args.out.parent).free)}
+    activations = 3 * 2 * args.samples * args.seq_len * config.hidden_size
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if args.offload:
+        needs[f"--offload {args.offload}"] = activations, shutil.disk_usage(args.offload).free
+    else:
+        needs[f"--samples {args.samples}, activations in memory"] = activations, memory
+    for name, (needed, free) in needs.items():
+        print(f"{name}: {needed / 1e9:.3f} GB of {free / 1e9:.1f} GB")
+        if needed > free:
+            raise ValueError(
+                f"{name}: needs {needed / 1e9:.3f} GB, there are {free / 1e9:.3f}; make space or ask for less"
+            )
+
+
+def rehearse(checkpoint: Checkpoint, samples: Tensor, windows: Tensor, args, settings: Training) -> None:
+    """Everything once and small: the original on a few windows, and block 0 with four steps. Prints a plan of the run.
+
+    What would fail after a day fails here: a wrong tokenizer, a block that does not fit into the memory of the GPU."""
+    config, few = checkpoint.config, windows[:4]
+    print(f"perplexity of the original on {len(few)} windows: {perplexity(checkpoint, few, args.device):.3f}", end="")
+    print(f" (guessing among {config.vocab_size} tokens: {config.vocab_size})")
+    few = samples[: 4 * settings.batch_size]
+    rope = rope_tables(config, args.seq_len, args.device)
+    *inputs, target = first_inputs(checkpoint, parallel.share(few), None)
+    short = replace(settings, epochs=1)
+    with tqdm(disable=True) as bar:
+        record = quantize_block(checkpoint, 0, inputs, target, rope, args, short, bar)[1]
+    steps = is_trained(args.method) * args.samples * args.epochs // args.batch_size
+    per_sample = (record["seconds"] - record["initializing"] - record["training"]) / len(few)
+    seconds = record["initializing"] + per_sample * args.samples
+    seconds += record["training"] / (len(few) // args.batch_size) * steps
+    if args.device.type == "cuda":
+        peak, total = torch.cuda.max_memory_allocated(args.device), torch.cuda.mem_get_info(args.device)[1]
+        print(f"{args.device}: {peak / 1e9:.1f} GB of {total / 1e9:.1f} GB at the peak")
+    minutes = config.num_hidden_layers * seconds / 60
+    print(f"{config.num_hidden_layers} blocks of {steps} steps: about {minutes:.0f} minutes, and the perplexities")
 
 
 def run(args: argparse.Namespace) -> None:
     start, (checkpoint, settings) = time.time(), prepare(args)
-    bits = check_layers(checkpoint, args.bits, args.group_size)
+    weights, bits = check_layers(checkpoint, args.bits, args.group_size)
+    check_space(checkpoint, weights, bits, args)
     samples, windows, eval_name = load_texts(checkpoint, args)
+    rehearse(checkpoint, samples, windows, args, settings)
+    if args.dry_run:
+        return
 
     def round_to_nearest(block: Block, i: int) -> None:
         pack_layers(block, dict(quantize_layers(checkpoint, block, i, "rtn", args.bits, args.group_size)))
 
-    perplexities = {"original": perplexity(checkpoint, windows, args.device, label="original")}
-    if args.method != "rtn":
-        perplexities["rtn"] = perplexity(checkpoint, windows, args.device, round_to_nearest, "rtn")
-    chosen = {key: getattr(args, key) for key in ("method", "bits", "group_size", "samples", "seq_len")}
-    chosen |= asdict(settings) | {"torch": torch.__version__, "python": platform.python_version()}
-    with new_folder(args.out) as folder:
-        records = calibrate(checkpoint, samples, args, settings, folder)
-        write_rest(checkpoint, folder, None if args.dequantized else {"quant_method": "flexbcq"} | chosen)
-        perplexities[args.method] = perplexity(Checkpoint(folder), windows, args.device, label=args.method)  # the files
-        seconds = time.time() - start
-        report = {"settings": chosen, "text": eval_name, "perplexity": perplexities, "bits_per_weight": bits}
-        report |= {"seconds": seconds, "blocks": records}
-        (folder / "calibration.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-        plot(records, f"{args.method}, {args.bits} bits", folder / "calibration.png")
-    print_table(perplexities, args.bits, bits, checkpoint.folder, args.out)
-    print(f"{eval_name}, seq_len {args.seq_len}, {len(windows)} windows; {seconds:.0f} seconds; wrote {args.out}")
+    chosen = {key: getattr(args, key) for key in ("method", "bits", "group_size", "dequantized", "samples", "seq_len")}
+    chosen |= asdict(settings)
+    texts = {"calibration text": samples, "evaluation text": windows}
+    with resumable(args.out, chosen, checkpoint.folder, texts) as (folder, report):
+        start -= sum(record["seconds"] for record in report["blocks"])  # of earlier runs
+        found = report["perplexity"]
+        if parallel.rank() == 0 and "original" not in found:
+            found["original"] = perplexity(checkpoint, windows, args.device, label="original")
+        if parallel.rank() == 0 and "rtn" not in found and args.method != "rtn":
+            found["rtn"] = perplexity(checkpoint, windows, args.device, round_to_nearest, "rtn")
+        calibrate(checkpoint, samples, args, settings, folder, report)
+        if parallel.rank() == 0:
+            if args.dequantized:
+                dequantize_blocks(checkpoint, folder, args)
+            versions = {"torch": torch.__version__, "python": platform.python_version()}
+            packed = {"quant_method": "flexbcq"} | chosen | versions
+            write_rest(checkpoint, folder, None if args.dequantized else packed)
+            found[args.method] = perplexity(Checkpoint(folder), windows, args.device, label=args.method)  # of the files
+            report |= {"text": eval_name, "bits_per_weight": bits, "seconds": time.time() - start, "versions": versions}
+            write_json(folder / REPORT, report)
+            with whole_file(folder / "calibration.png") as temporary:
+                plot(report["blocks"], f"{args.method}, {args.bits} bits", temporary)
+    if parallel.rank() == 0:
+        print_table(found, args.bits, bits, checkpoint.folder, args.out)
+        print(
+            f"{eval_name}, seq_len {args.seq_len}, {len(windows)} windows; {report['seconds']:.0f} seconds; "
+            f"wrote {args.out}"
+        )
 
 
 def main() -> None:
@@ -291,11 +273,13 @@ def main() -> None:
     add("--samples", type=int, default=128, help="calibration sequences (default: %(default)s)")
     add("--seq-len", type=int, help="tokens in each (default: 2048, or the model's context if smaller)")
     add("--epochs", type=int, help=f"passes over the samples (default: {Training.epochs}; bundled: {QUICK_EPOCHS})")
-    add("--batch-size", type=int, default=Training.batch_size, help="sequences in a step (default: %(default)s)")
+    add("--batch-size", type=int, help="sequences in a step (default: 1, with torchrun one per process)")
     add("--seed", type=int, default=0, help="of samples, their order and mixing (default: %(default)s)")
     add("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     add("--dequantized", action="store_true", help="write ordinary weights, rounded to what the planes hold, "
         "for other software")  # fmt: skip
+    add("--offload", help="keep activations in this folder, on a disk, instead of memory")
+    add("--dry-run", action="store_true", help="check everything, print what it takes, and stop")
     guarded(run, parser)
 
 

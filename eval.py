@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
+import parallel
 from llama import Block, Checkpoint, rope_tables
 
 TINY = Path(__file__).parent / "models" / "tiny"
@@ -62,7 +63,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """`tokenizer.json` of a checkpoint folder."""
     path = folder / "tokenizer.json"
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_truncation()  # some files ask for a sentence classifier's 128 tokens
+        tokenizer.no_padding()
+        return tokenizer
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path}: missing or damaged ({error})") from None
 
@@ -95,7 +99,7 @@ def perplexity(
     prepare: called with each block and its number before it is used, for example to quantize it
     label: what the progress bar calls it"""
     cos, sin = rope_tables(checkpoint.config, windows.shape[1], device)
-    x = checkpoint.embedding()(windows)  # (n_windows, seq_len, hidden_size), stays on the CPU
+    x = checkpoint.embed(windows)  # (n_windows, seq_len, hidden_size), stays on the CPU
     for i in tqdm(
         range(checkpoint.config.num_hidden_layers), desc=f"perplexity {label}".strip(), unit="block", leave=False
     ):
@@ -108,7 +112,9 @@ def perplexity(
     for ids, last in zip(windows, x):
         logits = head(last[:-1].to(device))
         loss += F.cross_entropy(logits, ids[1:].to(device)).item() / len(windows)
-    return math.exp(loss)
+    if math.isnan(loss):
+        raise ValueError(f"{checkpoint.folder}: the loss is not a number; do config.json and the weights fit together?")
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def generate(
@@ -120,7 +126,9 @@ def generate(
     model embedding and head stay bfloat16 on a CPU too."""
     ids = torch.tensor([tokenizer.encode(prompt).ids], device=device)
     context = checkpoint.config.max_position_embeddings
-    if ids.shape[1] == 0 or n_tokens < 1 or ids.shape[1] + n_tokens > context:
+    if n_tokens < 1:
+        raise ValueError(f"--tokens {n_tokens}: must be at least 1")
+    if ids.shape[1] == 0 or ids.shape[1] + n_tokens > context:
         raise ValueError(
             f"a prompt of {ids.shape[1]} tokens and {n_tokens} more do not fit: 1 to {context} in all, see --tokens"
         )
@@ -139,7 +147,7 @@ def generate(
 def check_device(name: str) -> torch.device:
     """Raises ValueError if PyTorch cannot use this device here."""
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
@@ -161,6 +169,7 @@ def run(args: argparse.Namespace) -> None:
     device, checkpoint = check_device(args.device), Checkpoint(args.model)
     tokenizer = load_tokenizer(checkpoint.folder)
     if args.prompt is not None:
+        checkpoint.check_ids(torch.tensor(tokenizer.encode(args.prompt).ids))
         text, speed, read = generate(checkpoint, tokenizer, args.prompt, args.tokens, device)
         print(f"{text}\n\n{speed:.1f} tokens/s, {read:.1f} GB/s of weights")
         return
@@ -176,14 +185,22 @@ def guarded(run: Callable[[argparse.Namespace], None], parser: argparse.Argument
     parser.error = lambda message: sys.exit(fail(message))
     try:
         run(parser.parse_args())
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        parallel.stop()
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         sys.exit(fail(error))
-    except KeyboardInterrupt:
-        sys.exit(fail("interrupted", code=130))
+    except RuntimeError as error:
+        # PyTorch has a type of its own for want of memory on GPUs only, and none for another process that ended
+        if "can't allocate memory" not in str(error) and parallel.world() == 1:
+            raise
+        sys.exit(fail(error))
+    except KeyboardInterrupt as error:
+        error.args = ("interrupted",)
+        sys.exit(fail(error, code=130))
 
 
-def fail(message: object, code: int = 2) -> int:
-    print(f"\nerror: {message}", file=sys.stderr)
+def fail(error: object, code: int = 2) -> int:
+    """One line, whatever the message holds, with the notes that were added to the error on its way."""
+    parallel.report("\nerror: " + " ".join("; ".join([str(error), *getattr(error, "__notes__", ())]).split()))
     return code
 
 

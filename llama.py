@@ -18,11 +18,12 @@ Zhang & Sennrich 2019 (RMSNorm), Su et al. 2021 (RoPE), Ainslie et al. 2023 (GQA
 
 import json
 import math
+import os
 import shutil
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kernel import BCQLinear
+
+
+KINDS = {int: "a whole number, 1 to 2^30", float: "a number above 0", bool: "true or false"}  # of settings
+
+
+def setting(raw: dict, key: str, kind: type, default=None):
+    """raw[key], or `default` if it is absent or null. Raises ValueError if it is not of this kind."""
+    value = raw.get(key)
+    if value is None and default is not None:
+        return default
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if kind is not bool:
+        fits = fits and not isinstance(value, bool) and 0 < value < (2**30 + 1 if kind is int else math.inf)
+    if not fits:
+        raise ValueError(f"{key} is {value!r:.60}: must be {KINDS[kind]}")
+    return value
 
 
 @dataclass
@@ -54,40 +71,71 @@ class LlamaConfig:
     def from_dict(cls, raw: dict) -> "LlamaConfig":
         """Check and pick the fields of a `config.json`. Raises ValueError naming the field."""
         if raw.get("model_type") not in ("llama", "mistral"):
-            raise ValueError(f"model_type {raw.get('model_type')!r} is not supported: only 'llama' and 'mistral' are")
+            raise ValueError(
+                f"model_type {raw.get('model_type')!r:.60} is not supported: only 'llama' and 'mistral' are"
+            )
         for key in ("attention_bias", "mlp_bias"):
             if raw.get(key):
                 raise ValueError(f"{key} is set: linear layers with a bias are not supported")
         if raw.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported: only 'silu' is")
-        known = {f.name for f in fields(cls)} - {"rope", "quantization"}
-        config = cls(**{key: value for key, value in raw.items() if key in known and value is not None})
+            raise ValueError(f"hidden_act {raw['hidden_act']!r:.60} is not supported: only 'silu' is")
+        numbers = {
+            f.name: setting(raw, f.name, f.type, None if f.default is MISSING else f.default)
+            for f in fields(cls)
+            if f.type in KINDS
+        }
+        config = cls(**numbers)
         config.num_key_value_heads = config.num_key_value_heads or config.num_attention_heads
         config.head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
-        if raw.get("sliding_window"):  # Mistral 0.1: inside its window, sliding attention is plain attention
-            config.max_position_embeddings = min(config.max_position_embeddings, raw["sliding_window"])
-        config.rope = {"rope_theta": raw.get("rope_theta", 10000.0)} | (
-            raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-        )
-        config.quantization = raw.get("quantization_config")
-        method = (config.quantization or {}).get("quant_method", "flexbcq")
-        if method != "flexbcq":
-            raise ValueError(f"quant_method {method!r} is not supported: only 'flexbcq' is")
+        heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        if heads % kv_heads or size % 2 or not 0 < heads * size < 2**30:
+            raise ValueError(f"{heads} attention heads of size {size} do not go with {kv_heads} key/value heads")
+        # Mistral 0.1: inside its window, sliding attention is plain attention
+        window = setting(raw, "sliding_window", int, config.max_position_embeddings)
+        config.max_position_embeddings = min(config.max_position_embeddings, window)
+        config.rope = {"rope_theta": raw.get("rope_theta", 10000.0)} | nested(raw, "rope_scaling", "rope_parameters")
+        check_rope(config.rope)
+        config.quantization = nested(raw, "quantization_config") or None
+        if config.quantization:
+            method = config.quantization.get("quant_method")
+            if method != "flexbcq":
+                raise ValueError(f"quant_method {method!r:.60} is not supported: only 'flexbcq' is")
+            setting(config.quantization, "bits", int)
+            if config.quantization.get("group_size") != -1:
+                setting(config.quantization, "group_size", int)
         return config
+
+
+def nested(raw: dict, *keys: str) -> dict:
+    """The first of these that is set, or {}. Raises ValueError if it is not a JSON object."""
+    for key in keys:
+        if raw.get(key) and not isinstance(raw[key], dict):
+            raise ValueError(f"{key} is {raw[key]!r:.60}: must be a JSON object")
+    return next((raw[key] for key in keys if raw.get(key)), {})
+
+
+def check_rope(rope: dict) -> None:
+    """Raises ValueError naming what `rope_frequencies` could not work with."""
+    setting(rope, "rope_theta", float)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"rope_type {kind!r:.60} is not supported: only 'default' and 'llama3' are")
+    if kind == "llama3":
+        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            setting(rope, key, float)
+        if rope["low_freq_factor"] >= rope["high_freq_factor"]:
+            raise ValueError("low_freq_factor is not below high_freq_factor")
 
 
 def rope_frequencies(config: LlamaConfig) -> Tensor:
     """(head_dim / 2,) float32: radians per position of each pair of channels; `default` and `llama3` scaling.
 
     `llama3` (Llama 3.1) slows wavelengths longer than the original context down by `factor`, leaves short ones alone
-    and blends in between. Raises ValueError for any other kind."""
+    and blends in between."""
     rope = config.rope
     frequency = 1.0 / rope["rope_theta"] ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+    if rope.get("rope_type", rope.get("type", "default")) == "default":
         return frequency
-    if kind != "llama3":
-        raise ValueError(f"rope_type {kind!r} is not supported: only 'default' and 'llama3' are")
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)  # over the original context
     keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: leave as it is, 0: slow down
@@ -233,8 +281,24 @@ def linears(module: nn.Module) -> dict[str, nn.Linear]:
     return {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 
+def open_tensors(path: Path) -> safe_open:
+    """A safetensors file, to be used in a `with`. Raises OSError if it is missing or damaged."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{path}: missing or damaged ({error}); download it again") from None
+
+
+STORED = {  # dtype of a module's tensor -> what it may be in a file
+    torch.float32: ("F32", "BF16", "F16", "F64"),
+    torch.float16: ("F16",),
+    torch.int32: ("I32",),
+}
+
+
 class Checkpoint:
-    """A Hugging Face folder, memory-mapped. Raises OSError or ValueError with one line naming file or tensor."""
+    """A Hugging Face folder; tensors are memory-mapped when asked for. Raises OSError or ValueError with one line
+    naming file or tensor. Name, dtype and shape of every tensor are checked here, before anything is computed."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -246,57 +310,107 @@ class Checkpoint:
         self.raw_config = self._json("config.json")
         try:
             self.config = LlamaConfig.from_dict(self.raw_config)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(f"{self.folder / 'config.json'}: {error}") from None
-        self._file_of = {name: file for file in self._open_shards() for name in file.keys()}
+        self._stored = self._read_headers()
+        self._check()
 
     def _json(self, name: str) -> dict:
         try:
             content = json.loads((self.folder / name).read_bytes())
         except FileNotFoundError:
             raise OSError(f"{self.folder}: no {name} in this folder; is it a Hugging Face checkpoint?") from None
-        except ValueError as error:
-            raise ValueError(f"{self.folder / name}: not JSON ({error})") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.folder / name}: not JSON ({error}); download it again") from None
         if not isinstance(content, dict):
-            raise ValueError(f"{self.folder / name}: not a JSON object")
+            raise ValueError(f"{self.folder / name}: not a JSON object; download it again")
         return content
 
-    def _open_shards(self) -> list:
-        names = ["model.safetensors"]
-        if not (self.folder / names[0]).exists():
-            names = sorted(set(self._json("model.safetensors.index.json").get("weight_map", {}).values()))
-        shards = []
-        for path in (self.folder / Path(name).name for name in names):  # .name: never outside the folder
-            try:
-                shards.append(safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise OSError(f"{path}: missing or damaged ({error}); download it again") from None
-        return shards
+    def _shards(self) -> list[Path]:
+        """The weight files: `model.safetensors`, or those the index names."""
+        single, index = self.folder / "model.safetensors", "model.safetensors.index.json"
+        if single.exists():
+            return [single]
+        try:
+            names = sorted(set(self._json(index)["weight_map"].values()))
+            outside = [name for name in names if name != Path(name).name]
+        except (LookupError, TypeError, AttributeError):
+            raise ValueError(f"{self.folder / index}: no weight_map from tensors to files; download it again") from None
+        if outside:
+            raise ValueError(f"{self.folder / index}: {outside[0]!r:.60} is not a file name; download it again")
+        return [self.folder / name for name in names]
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """One tensor in its stored dtype. Raises ValueError if it is absent, misshapen or not finite."""
-        if name not in self._file_of:
+    def _read_headers(self) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
+        """Of every tensor by name: its file, dtype and shape."""
+        stored = {}
+        for path in self._shards():
+            with open_tensors(path) as file:
+                for name in file.keys():
+                    if name in stored:
+                        raise ValueError(f"{path}: {name} is also in {stored[name][0].name}; delete the wrong file")
+                    part = file.get_slice(name)
+                    stored[name] = path, part.get_dtype(), tuple(part.get_shape())
+        return stored
+
+    def _check(self) -> None:
+        """Raises ValueError naming a tensor that is absent, or not what config.json says."""
+        for i in range(self.config.num_hidden_layers):  # before a module is built for each of them
+            self._found(f"model.layers.{i}.input_layernorm.weight")
+        if not self.config.quantization and any(name.endswith(".bit_planes") for name in self._stored):
+            raise ValueError(f"{self.folder}: holds bit-planes, but config.json has no quantization_config")
+        with torch.device("meta"):
+            expected = self._with_planes(Llama(self.config), "").state_dict()
+        if self.config.tie_word_embeddings:
+            del expected["lm_head.weight"]
+        for name, t in expected.items():
+            _, dtype, shape = self._found(name)
+            if shape != t.shape:
+                raise ValueError(f"{self.folder}: {name} has shape {shape}, config.json says {tuple(t.shape)}")
+            if dtype not in STORED[t.dtype]:
+                raise ValueError(f"{self.folder}: {name} is {dtype}, supported is {' or '.join(STORED[t.dtype])}")
+
+    def _found(self, name: str) -> tuple[Path, str, tuple[int, ...]]:
+        if name not in self._stored:
             raise ValueError(f"{self.folder}: tensor {name} is in none of the files; download the checkpoint again")
-        found = tuple(self._file_of[name].get_slice(name).get_shape())
-        if found != tuple(shape):
-            raise ValueError(f"{self.folder}: {name} has shape {found}, config.json says {tuple(shape)}")
-        tensor = self._file_of[name].get_tensor(name)
+        return self._stored[name]
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor in its stored dtype. Raises ValueError if it is not finite.
+
+        Its file is opened for it alone: what stays mapped counts as memory of the process."""
+        with open_tensors(self._found(name)[0]) as file:
+            tensor = file.get_tensor(name)
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{self.folder}: {name} contains NaN or infinity")
+            raise ValueError(f"{self.folder}: {name} contains NaN or infinity; download the checkpoint again")
         return tensor
 
     def tensors(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-        """All tensors whose name is wanted, as they are in the files (memory-mapped)."""
-        return {name: file.get_tensor(name) for name, file in self._file_of.items() if wanted(name)}
+        """All tensors whose name is wanted, as they are in the files."""
+        return {name: self.tensor(name) for name in self._stored if wanted(name)}
+
+    def n_bytes(self, wanted: Callable[[str], bool]) -> int:
+        """Bytes that these tensors take in the files."""
+        sizes = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I32": 4}
+        return sum(
+            math.prod(shape) * sizes.get(dtype, 0) for name, (_, dtype, shape) in self._stored.items() if wanted(name)
+        )
+
+    def _with_planes(self, module: nn.Module, prefix: str) -> nn.Module:
+        """Put an empty `BCQLinear` wherever the files hold bit-planes."""
+        for name, linear in linears(module).items():
+            if f"{prefix}{name}.bit_planes" in self._stored:
+                bits, group_size = self.config.quantization["bits"], self.config.quantization["group_size"]
+                try:
+                    packed = BCQLinear(linear.in_features, linear.out_features, bits, group_size)
+                except ValueError as error:
+                    raise ValueError(f"{self.folder / 'config.json'}: {prefix}{name}: {error}") from None
+                module.set_submodule(name, packed)
+        return module
 
     def _fill(self, module: nn.Module, prefix: str, dtype: torch.dtype, device) -> nn.Module:
-        """Load a module that was built on the meta device; linears stored as bit-planes become `BCQLinear`."""
-        for name, linear in linears(module).items():
-            if f"{prefix}{name}.bit_planes" in self._file_of:
-                settings = self.config.quantization
-                packed = BCQLinear(linear.in_features, linear.out_features, settings["bits"], settings["group_size"])
-                module.set_submodule(name, packed)
-        state = {name: self.tensor(prefix + name, t.shape) for name, t in module.state_dict().items()}
+        """Load a module that was built on the meta device."""
+        self._with_planes(module, prefix)
+        state = {name: self.tensor(prefix + name) for name in module.state_dict()}
         # a BCQLinear keeps its int32 planes and fp16 scales, whatever dtype it multiplies with
         state = {name: t.to(dtype) if name.endswith("weight") else t for name, t in state.items()}
         module.load_state_dict(state, assign=True)
@@ -313,6 +427,19 @@ class Checkpoint:
         with torch.device("meta"):
             embedding = nn.Embedding(self.config.vocab_size, self.config.hidden_size)
         return self._fill(embedding, "model.embed_tokens.", dtype, device)
+
+    def check_ids(self, ids: Tensor) -> Tensor:
+        """Raises ValueError if there are tokens the model does not know."""
+        if ids.numel() and ids.max() >= self.config.vocab_size:
+            raise ValueError(
+                f"{self.folder / 'tokenizer.json'}: gives token {ids.max()}, config.json says vocab_size "
+                f"{self.config.vocab_size}; they belong to different models"
+            )
+        return ids
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids: (...) int64 -> embeddings (..., hidden_size) float32, without a float32 copy of the whole table."""
+        return F.embedding(self.check_ids(ids), self.tensor("model.embed_tokens.weight")).float()
 
     def head(self, dtype=torch.float32, device="cpu") -> nn.Sequential:
         """The final norm and lm_head: (..., hidden_size) -> logits (..., vocab_size)."""
@@ -337,38 +464,52 @@ class Checkpoint:
         return model
 
 
-@contextmanager
-def new_folder(folder: str | Path):
-    """Yield a scratch folder beside `folder`; it takes that name at the end, or is deleted if anything fails."""
-    folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+def sync(path: Path) -> None:
+    """Wait until the disk holds a file's bytes, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        yield partial
-        if folder.is_dir():
-            folder.rmdir()  # an empty folder may be given; one with files in it stops here
-        partial.rename(folder)
+        os.fsync(descriptor)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(descriptor)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name; what is written there appears under `path` whole or, on any failure, not at all.
+
+    Raises OSError, for example when the disk is full."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.rename(path)
+        sync(path.parent)
+    except (SafetensorError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path.parent}: could not write {path.name} ({error}); is the disk full?") from None
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write one safetensors file. Raises OSError, for example when the disk is full."""
-    try:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # the library leaves 0600
-    except (SafetensorError, OSError) as error:
-        raise OSError(f"{path.parent}: could not write {path.name} ({error}); is the disk full?") from None
+    """Write one safetensors file."""
+    with whole_file(path) as temporary:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
+        temporary.chmod(0o644)  # the library leaves 0600
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write one JSON file, indented."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
 def write_config(folder: Path, config: dict, source: Path | None = None) -> None:
     """Write `config.json` and, with `source`, copy what else belongs to a model: tokenizer, generation settings."""
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    write_json(folder / "config.json", config)
     for file in source.iterdir() if source else ():
         ours = file.name == "config.json" or "safetensors" in file.name or file.name.startswith("calibration.")
         if file.suffix in (".json", ".model", ".jinja", ".txt") and not ours:
-            shutil.copy(file, folder / file.name)
+            with whole_file(folder / file.name) as temporary:
+                shutil.copy(file, temporary)
 
 
 def write_index(folder: Path) -> None:
@@ -376,4 +517,4 @@ def write_index(folder: Path) -> None:
     shards = sorted(folder.glob("model-*.safetensors"))
     weight_map = {name: path.name for path in shards for name in safe_open(path, framework="pt").keys()}
     index = {"metadata": {"total_size": sum(path.stat().st_size for path in shards)}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    write_json(folder / "model.safetensors.index.json", index)

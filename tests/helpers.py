@@ -1,6 +1,7 @@
 """Running a command line inside this process, and perplexity from scratch with `transformers`."""
 
 import io
+import json
 import math
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -10,6 +11,8 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
+
+from resume import REPORT
 
 
 def call(main, *arguments) -> SimpleNamespace:
@@ -29,3 +32,14 @@ def perplexity_by_transformers(folder, windows) -> float:
     with torch.inference_mode():
         losses = [F.cross_entropy(model(w[None]).logits[0, :-1], w[1:]).item() for w in windows]
     return math.exp(sum(losses) / len(losses))
+
+
+def snapshot(folder):
+    """{path: bytes} of all files below."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def blocks_finished(out):
+    """Of an interrupted or running calibration to the folder `out`."""
+    report = out.with_name(out.name + ".partial") / REPORT
+    return len(json.loads(report.read_text())["blocks"]) if report.exists() else 0

@@ -37,39 +37,3 @@ def test_the_two_halves_of_the_standard_library_share_no_file():
     assert len(train) > 10 * len(held_out) > 100_000
     longest = max(held_out.split("\n\n"), key=len)
     assert longest not in train
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (None, "cannot read this text file"),
-        (b"", "is empty"),
-        (b"  \n ", "is empty"),
-        (b"abc \xff\xfe", "not UTF-8 at byte 4"),
-        (b"short", "tokens are less than one window of 64"),
-    ],
-)
-def test_bad_texts_get_one_line_and_exit_code_2(content, message, toy, tmp_path):
-    path = tmp_path / "bad.txt"
-    if content is not None:
-        path.write_bytes(content)
-    result = call(main, "--model", toy, "--text", path)
-    assert result.code == 2
-    assert message in result.err and "bad.txt" in result.err
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--seq-len", "65"], "--seq-len 65: choose 2 to 64"),
-        (["--seq-len", "1"], "--seq-len 1: choose 2 to 64"),
-        (["--device", "tpu9"], "--device tpu9: not usable here"),
-        (["--prompt", ""], "do not fit: 1 to 64 in all"),
-        (["--prompt", "x", "--tokens", "64"], "do not fit"),
-        (["--tokens", "many"], "invalid int value"),
-    ],
-)
-def test_bad_options_get_one_line_and_exit_code_2(arguments, message, toy):
-    result = call(main, "--model", toy, *arguments)
-    assert result.code == 2
-    assert message in result.err.strip().splitlines()[-1]

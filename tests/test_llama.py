@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-from llama import Checkpoint, KVCache, new_folder, rope_frequencies
+from llama import Checkpoint, KVCache, rope_frequencies
 
 SHAPE = {
     "vocab_size": 300,
@@ -187,14 +187,3 @@ def test_missing_misshapen_and_infinite_tensors_are_named(folder):
     edit_tensors(folder, lambda t: t.pop(name))
     with pytest.raises(ValueError, match=f"tensor {name} is in none of the files"):
         Checkpoint(folder).block(1)
-
-
-def test_new_folder_appears_whole_or_not_at_all(tmp_path):
-    with pytest.raises(RuntimeError), new_folder(tmp_path / "out") as partial:
-        (partial / "file").write_text("half")
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-    with new_folder(tmp_path / "out") as partial:
-        (partial / "file").write_text("whole")
-        assert not (tmp_path / "out").exists()
-    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "file").read_text() == "whole"

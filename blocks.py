@@ -1,0 +1,166 @@
+"""Calibration of one decoder block: the part of calibrate.py that is in the paper.
+
+Initialize the quantizers of the block; train them so that the block, fed with what the quantized blocks before it
+produce, returns what the original model returns there; pack it. (Block by block as in BRECQ, Li et al. 2021; mixing in
+inputs of the original model as in QDrop, Wei et al. 2022.)
+
+In memory are the block with its quantizers and, on the host, three sets of activations, (samples, seq_len,
+hidden_size) in bf16: inputs on the original path, inputs on the quantized path, targets. Arithmetic is in float32.
+"""
+
+import math
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import parallel
+from eval import batches
+from flexbcq import METHODS, FlexBCQLinear
+from kernel import BCQLinear
+from llama import Block, Checkpoint, linears
+
+
+@dataclass
+class Training:
+    """How the quantizers of a block are trained; the defaults are the paper's."""
+
+    epochs: int = 20  # passes over the samples
+    batch_size: int = 1  # sequences in a step, of all processes together
+    seed: int = 0  # of samples, order and mixing
+    mapping_rate: float = 5e-3  # learning rate of scale, s_elem and s_row, falling to 0 as a cosine
+    level_rate: float = 5e-4  # learning rate of alpha and shift, likewise
+    period: int = 2  # steps from one mapping to the next
+    original_input: float = 0.5  # share of input elements that come from the original model
+
+
+def is_trained(method: str) -> bool:
+    """A learned mapping needs gradients; rtn and bcq look at the weights alone."""
+    return METHODS[method][0]
+
+
+def quantize_layers(checkpoint: Checkpoint, block: Block, i: int, method: str, n_bits: int, group_size: int):
+    """Swap every linear layer of block i for a quantizer of the weight as it is stored. Yields (name, quantizer)."""
+    for name, linear in linears(block).items():
+        weight = checkpoint.tensor(f"model.layers.{i}.{name}.weight").to(linear.weight.device)
+        quantizer = FlexBCQLinear(weight, n_bits, group_size, *METHODS[method])
+        block.set_submodule(name, quantizer)
+        yield name, quantizer
+
+
+def pack_layers(block: Block, quantizers: dict[str, FlexBCQLinear]) -> dict[str, BCQLinear]:
+    """Swap every quantizer for its bit-planes: from here on the numbers are those of the file."""
+    packed = {name: quantizer.pack() for name, quantizer in quantizers.items()}
+    for name, layer in packed.items():
+        block.set_submodule(name, layer)
+    return packed
+
+
+def activations(shape: tuple[int, ...], folder: str | None) -> Tensor:
+    """An empty bf16 tensor, in memory or in a file of `folder`. Raises OSError if the disk is full.
+
+    The file loses its name at once and its space with the process: nothing is left behind, however that ends."""
+    if folder is None:
+        return torch.empty(shape, dtype=torch.bfloat16)
+    size = math.prod(shape)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, 2 * size)  # a write to a mapped file has no way to say "disk full"
+        return torch.from_file(file.name, shared=True, size=size, dtype=torch.bfloat16).view(shape)
+
+
+@torch.inference_mode()
+def forward(block: Block, x: Tensor, rope: tuple[Tensor, Tensor], out: Tensor) -> None:
+    """Write the block's output on x to out, which may be x; both (samples, seq_len, hidden_size) on the host."""
+    for part, place in zip(batches(x), batches(out)):
+        place.copy_(block(part.to(rope[0].device, torch.float32), *rope))
+
+
+@torch.inference_mode()
+def output_error(block: Block, x: Tensor, rope: tuple[Tensor, Tensor], target: Tensor) -> float:
+    """Mean squared error of the block's output on x, over the samples of all processes. Shapes as in `forward`."""
+    error = 0.0
+    for part, wanted in zip(batches(x), batches(target)):
+        y = block(part.to(rope[0].device, torch.float32), *rope)
+        error += F.mse_loss(y, wanted.to(y), reduction="sum").item()
+    return parallel.mean(error / x.numel())
+
+
+def train_block(
+    block: Block, quantizers: list[FlexBCQLinear], inputs: tuple[Tensor, Tensor], target: Tensor,
+    rope: tuple[Tensor, Tensor], settings: Training, seed: int, advance: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
+    """Adam on the mean squared error of the block's output; changes the quantizers in place.
+
+    inputs: from the original and from the quantized blocks before; they and target: (samples, seq_len, hidden_size)
+    rope: cos and sin, on the device of the block; seed: of order and mixing; advance: called after each step
+    Every place in the batch has samples and random numbers of its own (place c of b: samples c, c + b, c + 2b, ..),
+    so that processes which divide the places among them (see parallel.py) draw what a single one draws.
+    Raises ValueError if the loss is not finite."""
+    levels = {"params": [p for q in quantizers for p in q.level_parameters()], "lr": settings.level_rate}
+    mapping = {"params": [p for q in quantizers for p in q.mapping_parameters()], "lr": settings.mapping_rate}
+    optimizer = torch.optim.Adam([mapping, levels], fused=True)
+    places = range(parallel.rank(), settings.batch_size, parallel.world())
+    generators = [torch.Generator().manual_seed(seed * settings.batch_size + place) for place in places]
+    n_steps, device = len(target) // len(places), rope[0].device  # of one epoch
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * n_steps)
+    for step in range(settings.epochs * n_steps):
+        if step % n_steps == 0:
+            columns = [torch.randperm(n_steps, generator=g) * len(places) + c for c, g in enumerate(generators)]
+            order = torch.stack(columns, dim=1)  # (n_steps, samples of this process in a step)
+        if step and step % settings.period == 0:
+            for quantizer in quantizers:
+                quantizer.remap()
+        chosen = order[step % n_steps]
+        original, quantized = (x[chosen] for x in inputs)
+        draws = torch.stack([torch.rand(original.shape[1:], generator=g) for g in generators])
+        mixed = torch.where(draws < settings.original_input, original, quantized)
+        loss = F.mse_loss(block(mixed.to(device, torch.float32), *rope), target[chosen].to(device, torch.float32))
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"the loss is {loss.item()} at step {step}")
+        loss.backward()
+        parallel.average_gradients(p for group in optimizer.param_groups for p in group["params"])
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        advance()
+
+
+def quantize_block(checkpoint, i, *arguments) -> tuple[dict[str, BCQLinear], dict]:
+    """Block i from float to bit-planes. Returns its packed layers and its record. Raises ValueError naming the block.
+
+    inputs: from the original blocks (untouched) and from the quantized ones (replaced by those of the next block)
+    target: an empty tensor like them, which takes the original block's output
+    rope, args (the command line), settings, bar (of tqdm)"""
+    try:
+        return _quantize_block(checkpoint, i, *arguments)
+    except ValueError as error:
+        raise ValueError(f"model.layers.{i}: {error}") from None
+
+
+def _quantize_block(checkpoint, i, inputs, target, rope, args, settings, bar):
+    start, (original, quantized) = time.time(), inputs
+    block = checkpoint.block(i, device=args.device)
+    forward(block, original, rope, out=target)
+    initializing, quantizers = time.time(), {}
+    for name, quantizer in quantize_layers(checkpoint, block, i, args.method, args.bits, args.group_size):
+        quantizers[name] = quantizer
+        bar.update()
+    training = time.time()
+    record = {"loss_before": output_error(block, quantized, rope, target)}
+    bar.set_postfix_str(f"loss {record['loss_before']:.3e}")
+    if is_trained(args.method):
+        seed = settings.seed * 100_003 + i
+        train_block(block, list(quantizers.values()), inputs, target, rope, settings, seed, bar.update)
+    trained = time.time()
+    packed = pack_layers(block, quantizers)
+    for layer in packed.values():
+        parallel.agree(layer.state_dict().values())
+    record["loss_after"] = output_error(block, quantized, rope, target)
+    forward(block, quantized, rope, out=quantized)
+    record |= {"seconds": time.time() - start, "initializing": training - initializing, "training": trained - training}
+    return packed, record
