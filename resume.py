@@ -88,8 +88,8 @@ def resumable(out: Path, settings: dict, source: Path, texts: dict[str, Tensor])
             partial.rename(out)  # over an empty folder if there is one
             sync(out.parent)
         except BaseException as error:
-            if report["blocks"]:
-                n = len(report["blocks"])
+            path = partial / REPORT  # what the disk says counts
+            if n := len(json.loads(path.read_bytes())["blocks"]) if path.exists() else 0:
                 error.add_note(f"{partial} keeps {n} finished block{'s'[: n > 1]}: the same command goes on from there")
             else:
                 shutil.rmtree(partial)
