@@ -13,7 +13,7 @@ from llama import Checkpoint
 
 
 def main() -> None:
-    weight = Checkpoint(TINY).tensor("model.layers.2.mlp.down_proj.weight", (256, 768)).float()
+    weight = Checkpoint(TINY).tensor("model.layers.2.mlp.down_proj.weight").float()
     kurtosis = ((weight - weight.mean(1, keepdim=True)) ** 4).mean(1) / weight.var(1) ** 2
     row = weight[kurtosis.argsort()[128]][None]  # a row with tails as heavy as most have
     figure = Figure(figsize=(8, 3.6), layout="constrained")
