@@ -18,7 +18,7 @@ from calibrate import main
 from llama import whole_file
 from resume import REPORT
 
-SETTINGS = ["--samples", "8", "--epochs", "8", "--batch-size", "2", "--bits", "2", "--group-size", "32"]
+SETTINGS = ["--samples", "8", "--epochs", "4", "--batch-size", "2", "--bits", "2", "--group-size", "32"]
 
 
 def command(model, text, out, *more):
@@ -118,7 +118,7 @@ def test_run_killed_while_it_finishes_goes_on_from_any_of_its_states(whole, toy,
         (["--bits", "3"], "was begun with bits 2, now it is 3"),
         (["--method", "flexround"], "was begun with method flexbcq, now it is flexround"),
         (["--seed", "1"], "was begun with seed 0, now it is 1"),
-        (["--epochs", "11"], "was begun with epochs 8, now it is 11"),
+        (["--epochs", "11"], "was begun with epochs 4, now it is 11"),
         (["--dequantized"], "was begun with dequantized False, now it is True"),
         (["--text", __file__], "was begun with calibration text "),
         (["--eval-text", __file__], "was begun with calibration text "),
@@ -167,7 +167,8 @@ def test_folder_of_somebody_else_is_left_alone(toy, text, tmp_path):
 
 def test_second_process_on_one_output_is_refused(begun, toy, text):
     partial = begun.parent / "out.partial"
-    holder = subprocess.Popen(["flock", partial, "-c", "echo locked; read"], stdin=-1, stdout=-1)
+    code = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_EX); print(flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code, partial], stdin=-1, stdout=-1)
     try:
         holder.stdout.readline()
         before = snapshot(begun.parent)
