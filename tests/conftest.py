@@ -1,6 +1,7 @@
 """A small random Llama in a Hugging Face folder, written by `transformers`, and texts to go with it."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eval import TINY
+
+# a shell starts a command in the background (`pytest &`) with Ctrl-C ignored, and all that it starts would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
