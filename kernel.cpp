@@ -43,40 +43,36 @@ struct Job {
 // 32 finite fp16 numbers: their exponents are 112 too small, which also serves subnormal ones.
 __attribute__((always_inline)) static inline void half_to_float(const uint16_t* half, float* out) {
     for (int r = 0; r < TILE; r++) {
-        const uint32_t magnitude = (half[r] & 0x7fffu) << 13;
+        const uint32_t bits = (uint32_t)(int16_t)half[r] << 13 & 0x8fffe000u;  // sign, exponent and fraction in place
         float value;
-        std::memcpy(&value, &magnitude, 4);
-        out[r] = value * (half[r] >> 15 ? -0x1p112f : 0x1p112f);
+        std::memcpy(&value, &bits, 4);
+        out[r] = value * 0x1p112f;
     }
 }
 
-// What all paths share: walk over the tiles [begin, end), the groups and the tokens; `add_dots` adds to dots[32] what
-// the words [first, last) of one plane contribute to the 32 rows of a tile.
-template <class AddDots>
-__attribute__((always_inline)) static inline void multiply_tiles(
-    const Job& job, int64_t begin, int64_t end, AddDots add_dots) {
-    constexpr int64_t some_words = 4;  // their planes stay in the L1 cache while one token after the other needs them
+// What all paths share: walk over the tiles [begin, end), runs of words in a group, and the tokens; `dot` writes to
+// dots[32] what the words [first, last) of one plane contribute to the 32 rows of a tile.
+template <class Dot>
+__attribute__((always_inline)) static inline void multiply_tiles(const Job& job, int64_t begin, int64_t end, Dot dot) {
+    constexpr int64_t some_words = 16;  // their planes stay in the L1 cache while one token after the other needs them
     const int64_t words_per_group = job.words / job.groups;
-    float dots[MAX_BATCH][8][TILE], y[MAX_BATCH][TILE];  // [token][plane][row], [token][row]
+    float alpha[8][TILE], shift[TILE], dots[TILE], y[MAX_BATCH][TILE];  // [plane][row], [row], [row], [token][row]
     for (int64_t t = begin; t < end; t++) {
         std::memset(y, 0, sizeof y);
         for (int64_t g = 0; g < job.groups; g++) {
-            const int64_t start = g * words_per_group, stop = start + words_per_group;
-            for (int64_t b = 0; b < job.batch; b++) std::memset(dots[b], 0, job.n_bits * sizeof dots[b][0]);
-            for (int64_t c = start; c < stop; c += some_words)
-                for (int64_t b = 0; b < job.batch; b++)
-                    for (int64_t i = 0; i < job.n_bits; i++)
-                        add_dots(job.planes + (i * job.tiles + t) * job.words * TILE, b, c,
-                                 std::min(c + some_words, stop), dots[b][i]);
-            float scale[TILE];
-            for (int64_t i = 0; i < job.n_bits; i++) {
-                half_to_float(job.alpha + ((i * job.tiles + t) * job.groups + g) * TILE, scale);
-                for (int64_t b = 0; b < job.batch; b++)
-                    for (int r = 0; r < TILE; r++) y[b][r] += scale[r] * dots[b][i][r];
-            }
-            half_to_float(job.shift + (t * job.groups + g) * TILE, scale);
+            for (int64_t i = 0; i < job.n_bits; i++)
+                half_to_float(job.alpha + ((i * job.tiles + t) * job.groups + g) * TILE, alpha[i]);
+            half_to_float(job.shift + (t * job.groups + g) * TILE, shift);
             for (int64_t b = 0; b < job.batch; b++)
-                for (int r = 0; r < TILE; r++) y[b][r] += scale[r] * job.sums[b * job.groups + g];
+                for (int r = 0; r < TILE; r++) y[b][r] += shift[r] * job.sums[b * job.groups + g];
+            const int64_t stop = (g + 1) * words_per_group;
+            for (int64_t c = g * words_per_group; c < stop; c += some_words)
+                for (int64_t b = 0; b < job.batch; b++)
+                    for (int64_t i = 0; i < job.n_bits; i++) {
+                        const int32_t* plane = job.planes + (i * job.tiles + t) * job.words * TILE;
+                        dot(plane, b, c, std::min(c + some_words, stop), dots);
+                        for (int r = 0; r < TILE; r++) y[b][r] += alpha[i][r] * dots[r];
+                    }
         }
         const int64_t rows = std::min<int64_t>(TILE, job.out_features - t * TILE);
         for (int64_t b = 0; b < job.batch; b++)
@@ -86,6 +82,7 @@ __attribute__((always_inline)) static inline void multiply_tiles(
 
 static void scalar(const Job& job, int64_t begin, int64_t end) {
     multiply_tiles(job, begin, end, [&](const int32_t* plane, int64_t b, int64_t first, int64_t last, float* dots) {
+        std::memset(dots, 0, TILE * sizeof(float));
         for (int64_t c = first; c < last; c++)
             for (int r = 0; r < TILE; r++)
                 for (int j = 0; j < TILE; j++) {
@@ -108,13 +105,14 @@ __attribute__((always_inline)) static inline void lookup(const Job& job, int64_t
     using Floats = typename Vector<LANES>::Floats;
     using Words = typename Vector<LANES>::Words;
     constexpr int columns = LANES == 16 ? 4 : 3, lookups = (TILE + columns - 1) / columns, parts = TILE / LANES;
-    auto add_dots = [&](const int32_t* plane, int64_t b, int64_t first, int64_t last, float* dots)
-                        __attribute__((always_inline)) {
-        Floats sum[parts];
-        for (int p = 0; p < parts; p++) sum[p] = ((const Floats*)dots)[p];
+    constexpr int64_t ahead = 32 * TILE;  // a page: at its end the prefetching of the hardware would start anew
+    auto dot = [&](const int32_t* plane, int64_t b, int64_t first, int64_t last, float* dots)
+                   __attribute__((always_inline)) {
+        Floats sum[parts] = {};
         for (int64_t c = first; c < last; c++) {
             const Floats* table = (const Floats*)job.tables + (b * job.words + c) * lookups;
             Words word[parts];
+            for (int p = 0; p < parts; p += 16 / LANES) __builtin_prefetch(plane + c * TILE + p * LANES + ahead);
             for (int p = 0; p < parts; p++) word[p] = ((const Words*)(plane + c * TILE))[p];
 #pragma GCC unroll 11
             for (int l = 0; l < lookups; l++) {
@@ -127,7 +125,7 @@ __attribute__((always_inline)) static inline void lookup(const Job& job, int64_t
         }
         for (int p = 0; p < parts; p++) ((Floats*)dots)[p] = sum[p];
     };
-    multiply_tiles(job, begin, end, add_dots);
+    multiply_tiles(job, begin, end, dot);
 }
 
 __attribute__((target("avx512f,fma"))) static void avx512(const Job& job, int64_t begin, int64_t end) {
