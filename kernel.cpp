@@ -35,7 +35,7 @@ struct Job {
     const uint16_t* shift;    // (tiles, groups, 32) fp16
     const float* x;           // (batch, 32 * words)
     float* y;                 // (batch, out_features)
-    const float* tables;      // (batch, words, lookups in a word, lanes), unless scalar
+    const float* tables;      // (batch, words, lookups in a word, lanes)
     const float* sums;        // (batch, groups): of x
     int64_t n_bits, tiles, words, groups, batch, out_features;
 };
@@ -139,9 +139,29 @@ static void emulated(const Job& job, int64_t begin, int64_t end) {  // 16 lanes 
 }
 #endif
 
+// tables[c][l][e] = the sum of +-x_j over the columns of lookup l in word c, + where bit j of e is set (columns beyond
+// the word count 0). sums[g] = the sum of x over group g: the last entries, where all signs are +.
+template <int LANES>
+static void prepare(const float* x, const Job& job, float* tables, float* sums) {
+    constexpr int columns = LANES == 16 ? 4 : 3;
+    float sign[columns][LANES];
+    for (int j = 0; j < columns; j++)
+        for (int e = 0; e < LANES; e++) sign[j][e] = e >> j & 1 ? 1 : -1;
+    std::memset(sums, 0, job.groups * sizeof(float));
+    for (int64_t c = 0; c < job.words; c++)
+        for (int first = 0; first < TILE; first += columns, tables += LANES) {
+            float table[LANES] = {};
+            for (int j = 0; j < columns && first + j < TILE; j++)
+                for (int e = 0; e < LANES; e++) table[e] += sign[j][e] * x[c * TILE + first + j];
+            std::memcpy(tables, table, sizeof table);
+            sums[c * job.groups / job.words] += table[LANES - 1];
+        }
+}
+
 struct Path {
     std::string name;
-    int lanes, columns;  // of a table
+    int64_t table_size;  // floats for a word of x
+    void (*prepare)(const float*, const Job&, float*, float*);
     void (*run)(const Job&, int64_t, int64_t);
 };
 
@@ -149,33 +169,15 @@ struct Path {
 static std::vector<Path> cpu_paths() {
     std::vector<Path> paths;
 #ifdef LOOKUP
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("fma")) paths.push_back({"avx512", 16, 4, avx512});
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) paths.push_back({"avx2", 8, 3, avx2});
+    const bool fma = __builtin_cpu_supports("fma");
+    if (fma && __builtin_cpu_supports("avx512f")) paths.push_back({"avx512", 8 * 16, prepare<16>, avx512});
+    if (fma && __builtin_cpu_supports("avx2")) paths.push_back({"avx2", 11 * 8, prepare<8>, avx2});
 #endif
-    paths.push_back({"scalar", 0, TILE, scalar});
+    paths.push_back({"scalar", 8 * 16, prepare<16>, scalar});  // needs the sums only
 #ifdef LOOKUP
-    paths.push_back({"emulated", 16, 4, emulated});
+    paths.push_back({"emulated", 8 * 16, prepare<16>, emulated});
 #endif
     return paths;
-}
-
-// tables[c][l][e] = the sum of +-x_j over the columns of lookup l in word c, + where bit j of e is set (columns beyond
-// the word count 0). sums[g] = the sum of x over group g.
-static void prepare(const float* x, const Job& job, const Path& path, float* tables, float* sums) {
-    const int64_t columns_per_group = job.words / job.groups * TILE;
-    for (int64_t g = 0; g < job.groups; g++) {
-        sums[g] = 0;
-        for (int64_t j = 0; j < columns_per_group; j++) sums[g] += x[g * columns_per_group + j];
-    }
-    if (path.lanes == 0) return;
-    for (int64_t c = 0; c < job.words; c++)
-        for (int first = 0; first < TILE; first += path.columns, tables += path.lanes) {
-            const float* columns = x + c * TILE + first;
-            tables[0] = 0;
-            for (int j = 0; j < path.columns && first + j < TILE; j++) tables[0] -= columns[j];
-            for (int j = 0; j < path.columns; j++)  // the entries with bit j set, from those without
-                for (int e = 0; e < 1 << j; e++) tables[e + (1 << j)] = tables[e] + (first + j < TILE ? 2 * columns[j] : 0);
-        }
 }
 
 static void check(const at::Tensor& x, const at::Tensor& planes, const at::Tensor& alpha, const at::Tensor& shift,
@@ -216,7 +218,7 @@ static at::Tensor multiply_cpu(const at::Tensor& x, const at::Tensor& planes, co
                                const at::Tensor& shift, int64_t out_features, const Path& path) {
     const auto x32 = x.to(at::kFloat).contiguous();
     const int64_t words = planes.size(2), groups = alpha.size(2), batch = x.numel() / (TILE * words);
-    const int64_t table_size = words * ((TILE + path.columns - 1) / path.columns) * path.lanes;
+    const int64_t table_size = words * path.table_size;
     auto y = at::empty(shape_of_result(x, out_features), x32.options());
     const auto scratch = at::empty({batch * (table_size + groups)}, x32.options());
     float *table = scratch.mutable_data_ptr<float>(), *sum = table + batch * table_size;
@@ -224,7 +226,7 @@ static at::Tensor multiply_cpu(const at::Tensor& x, const at::Tensor& planes, co
                   (const uint16_t*)shift.const_data_ptr(), x32.const_data_ptr<float>(), y.mutable_data_ptr<float>(),
                   table, sum, planes.size(0), planes.size(1), words, groups, batch, out_features};
     for (int64_t b = 0; b < batch; b++)
-        prepare(job.x + b * words * TILE, job, path, table + b * table_size, sum + b * groups);
+        path.prepare(job.x + b * words * TILE, job, table + b * table_size, sum + b * groups);
     at::parallel_for(0, job.tiles, 1, [&](int64_t begin, int64_t end) { path.run(job, begin, end); });
     return y.to(x.scalar_type());
 }

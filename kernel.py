@@ -204,11 +204,12 @@ class BCQLinear(nn.Module):
         """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} columns, the weight has in_features {self.in_features}")
+        weight = self._buffers.values()  # bit_planes, alpha, shift; by name each would cost as much as a small product
         few = 1 <= x.numel() // self.in_features <= MAX_BATCH
-        path = paths(self.bit_planes.device.type)[0] if few and not x.requires_grad else "torch"
+        path = paths(x.device.type)[0] if few and not x.requires_grad else "torch"
         if path == "torch":
             return F.linear(x, self.dequantize(x.dtype))
-        return library().multiply(x, self.bit_planes, self.alpha, self.shift, self.out_features, path)
+        return library().multiply(x, *weight, self.out_features, path)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, n_bits={self.n_bits}, group_size={self.group_size}"

@@ -156,7 +156,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, the mean of squares in float32."""
+    """x / sqrt(mean(x^2) + eps) * weight, the mean over the last dimension."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -164,8 +164,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class KVCache:
@@ -271,7 +270,7 @@ class Llama(nn.Module):
         caches = [KVCache(self.config, ids.shape[0], length, like) for _ in self.model.layers]
         new = ids
         for _ in range(n_tokens):
-            new = self(new, caches)[:, -1].argmax(-1, keepdim=True)  # (batch, 1)
+            new = self(new, caches)[:, -1].max(-1, keepdim=True).indices  # (batch, 1); quicker than argmax on a CPU
             ids = torch.cat((ids, new), dim=1)
         return ids
 
