@@ -12,12 +12,13 @@ import math
 import os
 import tempfile
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import parallel
 from eval import batches
@@ -37,6 +38,7 @@ class Training:
     level_rate: float = 5e-4  # learning rate of alpha and shift, likewise
     period: int = 2  # steps from one mapping to the next
     original_input: float = 0.5  # share of input elements that come from the original model
+    importance: bool = True  # initialize for the inputs the layers see; the paper looks at the weights alone
 
 
 def is_trained(method: str) -> bool:
@@ -44,11 +46,16 @@ def is_trained(method: str) -> bool:
     return METHODS[method][0]
 
 
-def quantize_layers(checkpoint: Checkpoint, block: Block, i: int, method: str, n_bits: int, group_size: int):
-    """Swap every linear layer of block i for a quantizer of the weight as it is stored. Yields (name, quantizer)."""
+def quantize_layers(
+    checkpoint: Checkpoint, block: Block, i: int, method: str, n_bits: int, group_size: int,
+    importance: dict[str, Tensor] = {},
+):  # fmt: skip
+    """Swap every linear layer of block i for a quantizer of the weight as it is stored. Yields (name, quantizer).
+
+    importance: by name what `FlexBCQLinear` takes; without a name, None"""
     for name, linear in linears(block).items():
         weight = checkpoint.tensor(f"model.layers.{i}.{name}.weight").to(linear.weight.device)
-        quantizer = FlexBCQLinear(weight, n_bits, group_size, *METHODS[method])
+        quantizer = FlexBCQLinear(weight, n_bits, group_size, *METHODS[method], importance=importance.get(name))
         block.set_submodule(name, quantizer)
         yield name, quantizer
 
@@ -78,6 +85,23 @@ def forward(block: Block, x: Tensor, rope: tuple[Tensor, Tensor], out: Tensor) -
     """Write the block's output on x to out, which may be x; both (samples, seq_len, hidden_size) on the host."""
     for part, place in zip(batches(x), batches(out)):
         place.copy_(block(part.to(rope[0].device, torch.float32), *rope))
+
+
+@contextmanager
+def input_squares(block: Block) -> Iterator[dict[str, Tensor]]:
+    """By name of each linear layer the sum of squares of every input, (in_features,): of what the block is run on while
+    this is open, averaged over the processes at the end."""
+    names = {linear: name for name, linear in linears(block).items()}
+    squares = {name: linear.weight.new_zeros(linear.in_features) for linear, name in names.items()}
+
+    def add(linear: nn.Linear, inputs: tuple[Tensor]) -> None:
+        squares[names[linear]] += inputs[0].square().sum((0, 1))
+
+    hooks = [linear.register_forward_pre_hook(add) for linear in names]
+    yield squares
+    for hook in hooks:
+        hook.remove()
+    parallel.average(squares.values())
 
 
 @torch.inference_mode()
@@ -123,7 +147,7 @@ def train_block(
         if not math.isfinite(loss.item()):
             raise ValueError(f"the loss is {loss.item()} at step {step}")
         loss.backward()
-        parallel.average_gradients(p for group in optimizer.param_groups for p in group["params"])
+        parallel.average(p.grad for group in optimizer.param_groups for p in group["params"])
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -145,9 +169,12 @@ def quantize_block(checkpoint, i, *arguments) -> tuple[dict[str, BCQLinear], dic
 def _quantize_block(checkpoint, i, inputs, target, rope, args, settings, bar):
     start, (original, quantized) = time.time(), inputs
     block = checkpoint.block(i, device=args.device)
-    forward(block, original, rope, out=target)
-    initializing, quantizers = time.time(), {}
-    for name, quantizer in quantize_layers(checkpoint, block, i, args.method, args.bits, args.group_size):
+    with input_squares(block) as importance:
+        forward(block, original, rope, out=target)
+    if not settings.importance:
+        importance = {}
+    initializing, quantizers, choice = time.time(), {}, (args.method, args.bits, args.group_size)
+    for name, quantizer in quantize_layers(checkpoint, block, i, *choice, importance):
         quantizers[name] = quantizer
         bar.update()
     training = time.time()

@@ -164,7 +164,7 @@ def prepare(args: argparse.Namespace) -> tuple[Checkpoint, Training]:
         raise ValueError(f"--seed {args.seed}: choose 0 to {2**32 - 1}")
     if args.offload and not os.access(args.offload, os.W_OK | os.X_OK):
         raise OSError(f"--offload {args.offload}: no folder that can be written to; create it first")
-    return checkpoint, Training(args.epochs, args.batch_size, args.seed)
+    return checkpoint, Training(args.epochs, args.batch_size, args.seed, importance=args.importance)
 
 
 def check_space(checkpoint: Checkpoint, weights: int, bits: float, args: argparse.Namespace) -> None:
@@ -275,6 +275,8 @@ def main() -> None:
     add("--epochs", type=int, help=f"passes over the samples (default: {Training.epochs}; bundled: {QUICK_EPOCHS})")
     add("--batch-size", type=int, help="sequences in a step (default: 1, with torchrun one per process)")
     add("--seed", type=int, default=0, help="of samples, their order and mixing (default: %(default)s)")
+    add("--importance", action=argparse.BooleanOptionalAction, default=True, help="initialize for the inputs that the "
+        "layers see; the paper looks at the weights alone")  # fmt: skip
     add("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     add("--dequantized", action="store_true", help="write ordinary weights, rounded to what the planes hold, "
         "for other software")  # fmt: skip

@@ -113,24 +113,30 @@ def nearest_nearby(v: Tensor, codes: Tensor, alpha: Tensor, shift: Tensor) -> Te
 # ------------------------------------------------------------------------------------------------- initialization
 
 
+def prefix_sums(x: Tensor) -> Tensor:
+    """(n_groups, n) -> (n_groups, n + 1): column j is the sum of the first j."""
+    return F.pad(x.cumsum(1), (1, 0))
+
+
 class SortedGroups:
     """All that the alternating update needs to know of the weights.
 
     Within a group the problem is one-dimensional (ours): with the weights in order, those of a level are a run between
-    two midpoints, and prefix sums give its count and its sum without looking at a weight again."""
+    two midpoints, and prefix sums give its count and its sum without looking at a weight again. With importances
+    instead of ones, all are weighted: the squared error is sum_j h_j (w_j - q_j)^2."""
 
-    def __init__(self, w: Tensor):
-        """w: (n_groups, group_size)."""
-        self.w = w.sort(dim=1).values
-        self.prefix = torch.zeros(len(w), w.shape[1] + 1, dtype=torch.float64, device=w.device)
-        torch.cumsum(self.w, 1, dtype=torch.float64, out=self.prefix[:, 1:])  # prefix[:, j]: sum of the j smallest
-        self.energy = self.w.double().square().sum(1, keepdim=True)
+    def __init__(self, w: Tensor, importance: Tensor | None = None):
+        """w, importance: (n_groups, group_size)."""
+        self.w, order = w.sort(dim=1)
+        h = (torch.ones_like(w) if importance is None else importance.gather(1, order)).double()
+        self.counts, self.sums = prefix_sums(h), prefix_sums(h * self.w)
+        self.energy = (h * self.w.double().square()).sum(1, keepdim=True)
 
     def split(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """How many weights are nearest to each value, and their sum. All (n_groups, m); values ascending."""
         ends = torch.searchsorted(self.w, midpoints(values).to(self.w.dtype), right=True)
         ends = F.pad(F.pad(ends, (1, 0)), (0, 1), value=self.w.shape[1])  # level r owns ends[r] .. ends[r + 1]
-        return ends.diff(dim=1).double(), self.prefix.gather(1, ends).diff(dim=1)
+        return self.counts.gather(1, ends).diff(dim=1), self.sums.gather(1, ends).diff(dim=1)
 
 
 def alternating_update(
@@ -143,12 +149,13 @@ def alternating_update(
     theta = torch.cat((alpha, shift), 1).double()  # (n_groups, n_bits + 1)
     features = F.pad(sign_patterns(alpha.shape[1], theta), (0, 1), value=1.0)  # (2^n_bits, n_bits + 1): b_1 .. b_k, 1
     products = (features.unsqueeze(2) * features.unsqueeze(1)).flatten(1)
-    damping = 1e-9 * groups.w.shape[1] * torch.eye(theta.shape[1], dtype=theta.dtype, device=theta.device)
+    eye = torch.eye(theta.shape[1], dtype=theta.dtype, device=theta.device)
+    damping = (1e-9 * groups.counts[:, -1:, None]).clamp(min=1e-30) * eye
     for _ in range(n_rounds):
         values, order = (theta @ features.T).sort(dim=1)
         count, total = groups.split(values)
         # the normal equations for the change of theta, damped because a bit may not vary; `features` goes by code
-        gram = (torch.zeros_like(count).scatter_(1, order, count) @ products).unflatten(1, damping.shape)
+        gram = (torch.zeros_like(count).scatter_(1, order, count) @ products).unflatten(1, eye.shape)
         residual = torch.zeros_like(total).scatter_(1, order, total - count * values) @ features
         theta = theta + torch.linalg.solve(gram + damping, residual)
     values = (theta @ features.T).sort(dim=1).values
@@ -168,18 +175,21 @@ def uniform_range(w: Tensor, n_bits: int, ratio: float = 1.0, whole: bool = True
     return scale, torch.round(-low / scale) if whole else -low / scale
 
 
-def initialize(w: Tensor, n_bits: int, n_ratios: int, n_rounds: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def initialize(
+    w: Tensor, n_bits: int, n_ratios: int, n_rounds: int, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Unified initialization: over `n_ratios` clipping ratios, uniform levels improved by `n_rounds` of alternating
-    update; per group the best by squared error stays. w: (n_groups, group_size) float.
+    update; per group the best by squared error stays. w, importance: (n_groups, group_size) float.
 
     Returns scale, zero_point (n_groups, 1) and, in units of scale, alpha (n_groups, n_bits) and shift (n_groups, 1)."""
-    found = torch.cat([_initialize_part(part, n_bits, n_ratios, n_rounds) for (part,) in parts(w)])
+    part_by_part = parts(w) if importance is None else parts(w, importance)
+    found = torch.cat([_initialize_part(n_bits, n_ratios, n_rounds, *part) for part in part_by_part])
     # parameters must be contiguous: a fused Adam walks over their memory without looking at strides
     return tuple(x.contiguous() for x in found.to(w.dtype).split((1, 1, n_bits, 1), dim=1))
 
 
-def _initialize_part(w: Tensor, n_bits: int, n_ratios: int, n_rounds: int) -> Tensor:
-    groups = SortedGroups(w)
+def _initialize_part(n_bits: int, n_ratios: int, n_rounds: int, w: Tensor, importance: Tensor | None = None) -> Tensor:
+    groups = SortedGroups(w, importance)
     alpha_uniform, shift_uniform = uniform_levels(n_bits, w)
     best, best_error = None, torch.inf
     for ratio in torch.linspace(1, 0.2, n_ratios).tolist():
@@ -260,9 +270,14 @@ class FlexBCQLinear(nn.Module):
     weight:        (out_features, in_features), kept in its dtype
     learn_mapping: scale, s_elem and s_row are parameters (as logarithms, from 0)
     learn_levels:  alpha and shift are fitted at the start and parameters
+    importance:    (in_features,), the mean or sum of squares of each input: the initialization weighs the errors of a
+                   column by it, the diagonal of the Hessian of the layer's output error. None: all columns alike
     The codes are state that only `remap` changes, so `forward` is pure. Raises ValueError on a bad size or NaN."""
 
-    def __init__(self, weight, n_bits, group_size=-1, learn_mapping=True, learn_levels=True, n_ratios=20, n_rounds=15):
+    def __init__(
+        self, weight, n_bits, group_size=-1, learn_mapping=True, learn_levels=True, n_ratios=20, n_rounds=15,
+        importance=None,
+    ):  # fmt: skip
         super().__init__()
         if n_bits not in range(1, 9):
             raise ValueError(f"{n_bits} bits: choose 1 to 8")
@@ -271,7 +286,11 @@ class FlexBCQLinear(nn.Module):
         self.shape, self.n_bits, self.filtering = weight.shape, n_bits, True
         self.register_buffer("w", weight.detach().reshape(-1, columns_per_group(weight.shape[1], group_size)))
         plain = not (learn_mapping or learn_levels)  # RTN as everybody has it does not search for a clipping ratio
-        found = initialize(self.w.float(), n_bits, 1 if plain else n_ratios, n_rounds if learn_levels else 0)
+        if importance is not None:
+            importance = importance.expand(weight.shape).reshape(self.w.shape)
+        found = initialize(
+            self.w.float(), n_bits, 1 if plain else n_ratios, n_rounds if learn_levels else 0, importance
+        )
         self.register_buffer("scale", found[0])
         self.register_buffer("zero_point", found[1])
         self.alpha = nn.Parameter(found[2], requires_grad=learn_levels)

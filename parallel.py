@@ -12,7 +12,7 @@ from typing import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def start(device: str) -> str:
@@ -62,12 +62,12 @@ def wait() -> None:
     mean(0.0)
 
 
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Every process ends up with the same gradients."""
+def average(tensors: Iterable[Tensor]) -> None:
+    """Every process ends up with the averages."""
     if world() > 1:
-        for p in parameters:
-            dist.all_reduce(p.grad)
-            p.grad /= world()
+        for t in tensors:
+            dist.all_reduce(t)
+            t /= world()
 
 
 def agree(tensors: Iterable[Tensor]) -> None:

@@ -4,17 +4,18 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from helpers import call, perplexity_by_transformers
 
-from calibrate import main
+from calibrate import load_texts, main
 from eval import TINY, cut, load_tokenizer, perplexity, read_text, tokenize
-from flexbcq import METHODS
+from flexbcq import METHODS, FlexBCQLinear
 from kernel import BCQLinear
-from llama import Checkpoint, linears
+from llama import Checkpoint, linears, rope_tables
 
 FEW_STEPS = ["--samples", "8", "--epochs", "2", "--batch-size", "2", "--group-size", "32"]
 
@@ -88,6 +89,27 @@ def test_same_seed_same_bytes_and_another_seed_other_bytes(packed, toy, text, tm
     for shard in shards:
         assert (tmp_path / "same" / shard).read_bytes() == (packed["flexbcq"] / shard).read_bytes()
     assert (tmp_path / "other" / shards[0]).read_bytes() != (packed["flexbcq"] / shards[0]).read_bytes()
+
+
+@pytest.mark.parametrize("option", ([], ["--no-importance"]), ids=["importance", "weights alone"])
+@torch.inference_mode()
+def test_initialization_weighs_columns_by_the_inputs_they_meet(option, toy, text, tmp_path):
+    """Block 0 as written by bcq, against what `FlexBCQLinear` makes of inputs computed here, layer by layer."""
+    options = ["--model", toy, "--text", text, "--bits", 2, "--method", "bcq", *FEW_STEPS, *option]
+    assert call(main, *options, "--out", tmp_path / "out").code == 0
+    checkpoint, settings = Checkpoint(toy), SimpleNamespace(text=text, eval_text=None, samples=8, seq_len=64, seed=0)
+    block, x = checkpoint.block(0), checkpoint.embedding(torch.bfloat16)(load_texts(checkpoint, settings)[0]).float()
+    reads = {"self_attn.q_proj": block.input_layernorm(x)}
+    x = x + block.self_attn(reads["self_attn.q_proj"], *rope_tables(checkpoint.config, 64))
+    reads["mlp.up_proj"] = block.post_attention_layernorm(x)
+    gate, up = (linear(reads["mlp.up_proj"]) for linear in (block.mlp.gate_proj, block.mlp.up_proj))
+    reads["mlp.down_proj"] = torch.nn.functional.silu(gate) * up
+    written = Checkpoint(tmp_path / "out").block(0)
+    for name, inputs in reads.items():
+        weight = checkpoint.tensor(f"model.layers.0.{name}.weight")
+        importance = None if option else inputs.square().sum((0, 1))
+        expected = FlexBCQLinear(weight, 2, 32, *METHODS["bcq"], importance=importance).pack().dequantize()
+        torch.testing.assert_close(written.get_submodule(name).dequantize(), expected, rtol=2e-3, atol=1e-5)
 
 
 def test_evaluation_text_is_never_calibrated_on(toy, tmp_path):

@@ -78,15 +78,21 @@ def test_bcq_with_one_bit_is_sign_and_mean():
     torch.testing.assert_close(layer.quantized_weight(), expected, rtol=1e-5, atol=1e-6)
 
 
-def brute_force_update(w, alpha, shift, n_rounds):
-    """Alternating update as written in the paper: every weight against every level, least squares by lstsq."""
+def brute_force_update(w, importance, alpha, shift, n_rounds):
+    """Alternating update as written in the paper: every weight against every level, weighted least squares by lstsq."""
     w, theta = w.double(), torch.cat((alpha, shift), 1).double()
     features = torch.cat((sign_patterns(alpha.shape[1], w), torch.ones(2 ** alpha.shape[1], 1, dtype=w.dtype)), 1)
     for _ in range(n_rounds):
         codes = (w.unsqueeze(2) - (theta @ features.T).unsqueeze(1)).abs().argmin(2)
-        theta = torch.linalg.lstsq(features[codes], w.unsqueeze(2), driver="gelsd").solution.squeeze(2)
+        root = importance.double().sqrt().unsqueeze(2)
+        theta = torch.linalg.lstsq(root * features[codes], root * w.unsqueeze(2), driver="gelsd").solution.squeeze(2)
     codes = (w.unsqueeze(2) - (theta @ features.T).unsqueeze(1)).abs().argmin(2)
     return theta[:, :-1], theta[:, -1:], codes
+
+
+def uneven(w):
+    """Importances of which some are a thousand times as large as others."""
+    return 10.0 ** (-3 * torch.rand_like(w))
 
 
 def uniform_start(w, n_bits):
@@ -95,14 +101,16 @@ def uniform_start(w, n_bits):
     return scale * alpha, scale * (shift - zero_point)
 
 
-@pytest.mark.parametrize("n_bits, in_order", list(itertools.product((1, 2, 3, 4), (True, False))))
-def test_sorted_alternating_update_is_the_brute_force_one(n_bits, in_order):
+@pytest.mark.parametrize("n_bits, in_order, weighted", list(itertools.product((1, 2, 3, 4), *2 * [(True, False)])))
+def test_sorted_alternating_update_is_the_brute_force_one(n_bits, in_order, weighted):
     """in_order=False starts with the smallest alpha first: the order of codes is then not the order of levels."""
     w = random_groups(size=256)
     alpha, shift = uniform_start(w, n_bits)
     start = alpha if in_order else alpha.flip(1), shift
-    alpha, shift, _ = alternating_update(SortedGroups(w), *start, n_rounds=4)
-    alpha_expected, shift_expected, codes = brute_force_update(w, *start, n_rounds=4)
+    importance = uneven(w) if weighted else None
+    alpha, shift, _ = alternating_update(SortedGroups(w, importance), *start, n_rounds=4)
+    ones = torch.ones_like(w)
+    alpha_expected, shift_expected, codes = brute_force_update(w, importance if weighted else ones, *start, n_rounds=4)
     torch.testing.assert_close(alpha, alpha_expected, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(shift, shift_expected, rtol=1e-5, atol=1e-7)
     assert torch.equal(nearest(w.double(), alpha, shift), codes.to(torch.uint8))
@@ -111,16 +119,19 @@ def test_sorted_alternating_update_is_the_brute_force_one(n_bits, in_order):
 @pytest.mark.parametrize("n_bits", (1, 2, 3, 4, 8))
 def test_error_of_alternating_update_never_rises(n_bits):
     w = random_groups()
-    errors = torch.cat([alternating_update(SortedGroups(w), *uniform_start(w, n_bits), n)[2] for n in range(12)], 1)
+    groups = SortedGroups(w, uneven(w))
+    errors = torch.cat([alternating_update(groups, *uniform_start(w, n_bits), n)[2] for n in range(12)], 1)
     assert (errors.diff(dim=1) <= 1e-9 * errors[:, :1]).all()
 
 
 @pytest.mark.parametrize("n_bits", (2, 3, 4))
 def test_reported_error_is_the_squared_distance_to_the_levels(n_bits):
     w = random_groups()
-    alpha, shift, error = alternating_update(SortedGroups(w), *uniform_start(w, n_bits), 5)
+    importance = uneven(w)
+    alpha, shift, error = alternating_update(SortedGroups(w, importance), *uniform_start(w, n_bits), 5)
     q = levels(alpha, shift).gather(1, nearest(w.double(), alpha, shift).long())
-    torch.testing.assert_close(error, (w.double() - q).square().sum(1, keepdim=True))
+    expected = (importance * (w.double() - q).square()).sum(1, keepdim=True)
+    torch.testing.assert_close(error, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("n_bits", (1, 2, 3, 4))
@@ -153,6 +164,19 @@ def test_odd_weights_give_finite_numbers_no_farther_than_the_largest_weight(weig
     assert (packed - weight.float()).abs().max() <= 1.01 * largest + 1e-6
     if n_bits == 8 and weight.unique().numel() == 1:
         torch.testing.assert_close(packed, weight.float(), rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_columns_count_by_their_importance(method):
+    """Those that count nothing may be anything; a layer whose columns all count nothing is still finite."""
+    weight = torch.cat((torch.randn(8, 32), 4 * torch.randn(8, 32)), 1)
+    importance = torch.tensor([1.0] * 32 + [0.0] * 32)
+    layer, plain = (FlexBCQLinear(weight, 3, -1, *METHODS[method], importance=h) for h in (importance, None))
+    errors = [(q.quantized_weight() - weight).square()[:, :32].mean() for q in (layer, plain)]
+    assert errors[0] < 0.5 * errors[1] or (method == "rtn" and errors[0] == errors[1])
+    assert (
+        FlexBCQLinear(weight, 3, -1, *METHODS[method], importance=0 * importance).pack().dequantize().isfinite().all()
+    )
 
 
 def test_grid_of_clipping_ratios_never_loses_to_none():
