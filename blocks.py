@@ -42,7 +42,7 @@ class Training:
 
 
 def is_trained(method: str) -> bool:
-    """A learned mapping needs gradients; rtn and bcq look at the weights alone."""
+    """A learned mapping needs gradients; rtn and bcq are done when they are initialized."""
     return METHODS[method][0]
 
 
@@ -92,10 +92,10 @@ def input_squares(block: Block) -> Iterator[dict[str, Tensor]]:
     """By name of each linear layer the sum of squares of every input, (in_features,): of what the block is run on while
     this is open, averaged over the processes at the end."""
     names = {linear: name for name, linear in linears(block).items()}
-    squares = {name: linear.weight.new_zeros(linear.in_features) for linear, name in names.items()}
+    squares = {name: linear.weight.new_zeros(linear.in_features).double() for linear, name in names.items()}
 
     def add(linear: nn.Linear, inputs: tuple[Tensor]) -> None:
-        squares[names[linear]] += inputs[0].square().sum((0, 1))
+        squares[names[linear]] += inputs[0].square().sum((0, 1), dtype=torch.float64)
 
     hooks = [linear.register_forward_pre_hook(add) for linear in names]
     yield squares

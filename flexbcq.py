@@ -287,7 +287,7 @@ class FlexBCQLinear(nn.Module):
         self.register_buffer("w", weight.detach().reshape(-1, columns_per_group(weight.shape[1], group_size)))
         plain = not (learn_mapping or learn_levels)  # RTN as everybody has it does not search for a clipping ratio
         if importance is not None:
-            importance = importance.expand(weight.shape).reshape(self.w.shape)
+            importance = importance.float().expand(weight.shape).reshape(self.w.shape)
         found = initialize(
             self.w.float(), n_bits, 1 if plain else n_ratios, n_rounds if learn_levels else 0, importance
         )
