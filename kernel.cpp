@@ -148,14 +148,19 @@ static void prepare(const float* x, const Job& job, float* tables, float* sums) 
     for (int j = 0; j < columns; j++)
         for (int e = 0; e < LANES; e++) sign[j][e] = e >> j & 1 ? 1 : -1;
     std::memset(sums, 0, job.groups * sizeof(float));
-    for (int64_t c = 0; c < job.words; c++)
+    for (int64_t c = 0; c < job.words; c++) {
+        float sum = 0;
         for (int first = 0; first < TILE; first += columns, tables += LANES) {
-            float table[LANES] = {};
-            for (int j = 0; j < columns && first + j < TILE; j++)
-                for (int e = 0; e < LANES; e++) table[e] += sign[j][e] * x[c * TILE + first + j];
-            std::memcpy(tables, table, sizeof table);
-            sums[c * job.groups / job.words] += table[LANES - 1];
+            float value[columns];
+            for (int j = 0; j < columns; j++) value[j] = first + j < TILE ? x[c * TILE + first + j] : 0;
+            for (int e = 0; e < LANES; e++) {
+                tables[e] = 0;
+                for (int j = 0; j < columns; j++) tables[e] += sign[j][e] * value[j];
+            }
+            sum += tables[LANES - 1];
         }
+        sums[c * job.groups / job.words] += sum;
+    }
 }
 
 struct Path {
