@@ -88,10 +88,10 @@ def forward(block: Block, x: Tensor, rope: tuple[Tensor, Tensor], out: Tensor) -
 
 
 @contextmanager
-def input_squares(block: Block) -> Iterator[dict[str, Tensor]]:
-    """By name of each linear layer the sum of squares of every input, (in_features,): of what the block is run on while
-    this is open, averaged over the processes at the end."""
-    names = {linear: name for name, linear in linears(block).items()}
+def input_squares(layers: dict[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
+    """By name of each layer the sum of squares of every input, (in_features,): of what the layers are run on while this
+    is open, averaged over the processes at the end."""
+    names = {linear: name for name, linear in layers.items()}
     squares = {name: linear.weight.new_zeros(linear.in_features).double() for linear, name in names.items()}
 
     def add(linear: nn.Linear, inputs: tuple[Tensor]) -> None:
@@ -169,10 +169,8 @@ def quantize_block(checkpoint, i, *arguments) -> tuple[dict[str, BCQLinear], dic
 def _quantize_block(checkpoint, i, inputs, target, rope, args, settings, bar):
     start, (original, quantized) = time.time(), inputs
     block = checkpoint.block(i, device=args.device)
-    with input_squares(block) as importance:
+    with input_squares(linears(block) if settings.importance else {}) as importance:
         forward(block, original, rope, out=target)
-    if not settings.importance:
-        importance = {}
     initializing, quantizers, choice = time.time(), {}, (args.method, args.bits, args.group_size)
     for name, quantizer in quantize_layers(checkpoint, block, i, *choice, importance):
         quantizers[name] = quantizer

@@ -28,6 +28,10 @@ extern "C" const char* bcq_matmul_cuda(const void* bit_planes, const void* alpha
 
 constexpr int TILE = 32;  // rows side by side, and columns in a word
 constexpr int MAX_BATCH = 8;
+template <int LANES>
+constexpr int COLUMNS = LANES == 16 ? 4 : 3;  // of a look-up: their signed sums fill a vector
+template <int LANES>
+constexpr int LOOKUPS = (TILE + COLUMNS<LANES> - 1) / COLUMNS<LANES>;  // in a word
 
 struct Job {
     const int32_t* planes;    // (n_bits, tiles, words, 32)
@@ -104,7 +108,7 @@ template <int LANES>
 __attribute__((always_inline)) static inline void lookup(const Job& job, int64_t begin, int64_t end) {
     using Floats = typename Vector<LANES>::Floats;
     using Words = typename Vector<LANES>::Words;
-    constexpr int columns = LANES == 16 ? 4 : 3, lookups = (TILE + columns - 1) / columns, parts = TILE / LANES;
+    constexpr int columns = COLUMNS<LANES>, lookups = LOOKUPS<LANES>, parts = TILE / LANES;
     constexpr int64_t ahead = 32 * TILE;  // a page: at its end the prefetching of the hardware would start anew
     auto dot = [&](const int32_t* plane, int64_t b, int64_t first, int64_t last, float* dots)
                    __attribute__((always_inline)) {
@@ -143,7 +147,7 @@ static void emulated(const Job& job, int64_t begin, int64_t end) {  // 16 lanes 
 // the word count 0). sums[g] = the sum of x over group g: the last entries, where all signs are +.
 template <int LANES>
 static void prepare(const float* x, const Job& job, float* tables, float* sums) {
-    constexpr int columns = LANES == 16 ? 4 : 3;
+    constexpr int columns = COLUMNS<LANES>;
     float sign[columns][LANES];
     for (int j = 0; j < columns; j++)
         for (int e = 0; e < LANES; e++) sign[j][e] = e >> j & 1 ? 1 : -1;
@@ -175,12 +179,12 @@ static std::vector<Path> cpu_paths() {
     std::vector<Path> paths;
 #ifdef LOOKUP
     const bool fma = __builtin_cpu_supports("fma");
-    if (fma && __builtin_cpu_supports("avx512f")) paths.push_back({"avx512", 8 * 16, prepare<16>, avx512});
-    if (fma && __builtin_cpu_supports("avx2")) paths.push_back({"avx2", 11 * 8, prepare<8>, avx2});
+    if (fma && __builtin_cpu_supports("avx512f")) paths.push_back({"avx512", 16 * LOOKUPS<16>, prepare<16>, avx512});
+    if (fma && __builtin_cpu_supports("avx2")) paths.push_back({"avx2", 8 * LOOKUPS<8>, prepare<8>, avx2});
 #endif
-    paths.push_back({"scalar", 8 * 16, prepare<16>, scalar});  // needs the sums only
+    paths.push_back({"scalar", 16 * LOOKUPS<16>, prepare<16>, scalar});  // needs the sums only
 #ifdef LOOKUP
-    paths.push_back({"emulated", 8 * 16, prepare<16>, emulated});
+    paths.push_back({"emulated", 16 * LOOKUPS<16>, prepare<16>, emulated});
 #endif
     return paths;
 }

@@ -82,9 +82,9 @@ def brute_force_update(w, importance, alpha, shift, n_rounds):
     """Alternating update as written in the paper: every weight against every level, weighted least squares by lstsq."""
     w, theta = w.double(), torch.cat((alpha, shift), 1).double()
     features = torch.cat((sign_patterns(alpha.shape[1], w), torch.ones(2 ** alpha.shape[1], 1, dtype=w.dtype)), 1)
+    root = importance.double().sqrt().unsqueeze(2)
     for _ in range(n_rounds):
         codes = (w.unsqueeze(2) - (theta @ features.T).unsqueeze(1)).abs().argmin(2)
-        root = importance.double().sqrt().unsqueeze(2)
         theta = torch.linalg.lstsq(root * features[codes], root * w.unsqueeze(2), driver="gelsd").solution.squeeze(2)
     codes = (w.unsqueeze(2) - (theta @ features.T).unsqueeze(1)).abs().argmin(2)
     return theta[:, :-1], theta[:, -1:], codes
@@ -107,10 +107,10 @@ def test_sorted_alternating_update_is_the_brute_force_one(n_bits, in_order, weig
     w = random_groups(size=256)
     alpha, shift = uniform_start(w, n_bits)
     start = alpha if in_order else alpha.flip(1), shift
-    importance = uneven(w) if weighted else None
-    alpha, shift, _ = alternating_update(SortedGroups(w, importance), *start, n_rounds=4)
-    ones = torch.ones_like(w)
-    alpha_expected, shift_expected, codes = brute_force_update(w, importance if weighted else ones, *start, n_rounds=4)
+    importance = uneven(w) if weighted else torch.ones_like(w)
+    groups = SortedGroups(w, importance) if weighted else SortedGroups(w)
+    alpha, shift, _ = alternating_update(groups, *start, n_rounds=4)
+    alpha_expected, shift_expected, codes = brute_force_update(w, importance, *start, n_rounds=4)
     torch.testing.assert_close(alpha, alpha_expected, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(shift, shift_expected, rtol=1e-5, atol=1e-7)
     assert torch.equal(nearest(w.double(), alpha, shift), codes.to(torch.uint8))
