@@ -42,6 +42,8 @@ struct Job {
     const float* tables;      // (batch, words, lookups in a word, lanes)
     const float* sums;        // (batch, groups): of x
     int64_t n_bits, tiles, words, groups, batch, out_features;
+
+    const int32_t* word(int64_t i, int64_t t, int64_t c) const { return planes + ((i * tiles + t) * words + c) * TILE; }
 };
 
 // 32 finite fp16 numbers: their exponents are 112 too small, which also serves subnormal ones.
@@ -54,46 +56,44 @@ __attribute__((always_inline)) static inline void half_to_float(const uint16_t* 
     }
 }
 
-// What all paths share: walk over the tiles [begin, end), runs of words in a group, and the tokens; `dot` writes to
-// dots[32] what the words [first, last) of one plane contribute to the 32 rows of a tile.
-template <class Dot>
-__attribute__((always_inline)) static inline void multiply_tiles(const Job& job, int64_t begin, int64_t end, Dot dot) {
-    constexpr int64_t some_words = 16;  // their planes stay in the L1 cache while one token after the other needs them
-    const int64_t words_per_group = job.words / job.groups;
-    float alpha[8][TILE], shift[TILE], dots[TILE], y[MAX_BATCH][TILE];  // [plane][row], [row], [row], [token][row]
-    for (int64_t t = begin; t < end; t++) {
-        std::memset(y, 0, sizeof y);
-        for (int64_t g = 0; g < job.groups; g++) {
-            for (int64_t i = 0; i < job.n_bits; i++)
-                half_to_float(job.alpha + ((i * job.tiles + t) * job.groups + g) * TILE, alpha[i]);
-            half_to_float(job.shift + (t * job.groups + g) * TILE, shift);
-            for (int64_t b = 0; b < job.batch; b++)
-                for (int r = 0; r < TILE; r++) y[b][r] += shift[r] * job.sums[b * job.groups + g];
-            const int64_t stop = (g + 1) * words_per_group;
-            for (int64_t c = g * words_per_group; c < stop; c += some_words)
-                for (int64_t b = 0; b < job.batch; b++)
-                    for (int64_t i = 0; i < job.n_bits; i++) {
-                        const int32_t* plane = job.planes + (i * job.tiles + t) * job.words * TILE;
-                        dot(plane, b, c, std::min(c + some_words, stop), dots);
-                        for (int r = 0; r < TILE; r++) y[b][r] += alpha[i][r] * dots[r];
-                    }
-        }
-        const int64_t rows = std::min<int64_t>(TILE, job.out_features - t * TILE);
-        for (int64_t b = 0; b < job.batch; b++)
-            std::memcpy(job.y + b * job.out_features + t * TILE, y[b], rows * sizeof(float));
-    }
+// alpha[i] and shift of the rows of tile t in group g, as float.
+__attribute__((always_inline)) static inline void load_scales(const Job& job, int64_t t, int64_t g,
+                                                              float (*alpha)[TILE], float* shift) {
+    for (int64_t i = 0; i < job.n_bits; i++)
+        half_to_float(job.alpha + ((i * job.tiles + t) * job.groups + g) * TILE, alpha[i]);
+    half_to_float(job.shift + (t * job.groups + g) * TILE, shift);
 }
 
+__attribute__((always_inline)) static inline void store_tile(const Job& job, int64_t b, int64_t t, const void* y) {
+    const int64_t rows = std::min<int64_t>(TILE, job.out_features - t * TILE);  // the last tile may end in padding
+    std::memcpy(job.y + b * job.out_features + t * TILE, y, rows * sizeof(float));
+}
+
+// What the other paths compute, in the obvious way.
 static void scalar(const Job& job, int64_t begin, int64_t end) {
-    multiply_tiles(job, begin, end, [&](const int32_t* plane, int64_t b, int64_t first, int64_t last, float* dots) {
-        std::memset(dots, 0, TILE * sizeof(float));
-        for (int64_t c = first; c < last; c++)
-            for (int r = 0; r < TILE; r++)
-                for (int j = 0; j < TILE; j++) {
-                    float x = job.x[(b * job.words + c) * TILE + j];
-                    dots[r] += plane[c * TILE + r] >> j & 1 ? x : -x;
+    const int64_t words_per_group = job.words / job.groups;
+    float alpha[8][TILE], shift[TILE];
+    for (int64_t b = 0; b < job.batch; b++)
+        for (int64_t t = begin; t < end; t++) {
+            float y[TILE] = {};
+            for (int64_t c = 0; c < job.words; c++) {
+                const int64_t g = c / words_per_group;
+                if (c % words_per_group == 0) {
+                    load_scales(job, t, g, alpha, shift);
+                    for (int r = 0; r < TILE; r++) y[r] += shift[r] * job.sums[b * job.groups + g];
                 }
-    });
+                for (int64_t i = 0; i < job.n_bits; i++)
+                    for (int r = 0; r < TILE; r++) {
+                        float dot = 0;
+                        for (int j = 0; j < TILE; j++) {
+                            const float x = job.x[(b * job.words + c) * TILE + j];
+                            dot += job.word(i, t, c)[r] >> j & 1 ? x : -x;
+                        }
+                        y[r] += alpha[i][r] * dot;
+                    }
+            }
+            store_tile(job, b, t, y);
+        }
 }
 
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
@@ -104,32 +104,53 @@ struct Vector {  // may be loaded from any address that its elements may have
     typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 };
 
-template <int LANES>
-__attribute__((always_inline)) static inline void lookup(const Job& job, int64_t begin, int64_t end) {
+// Tile t for TOKENS tokens from b on, which share the shifting of the words.
+template <int LANES, int TOKENS>
+__attribute__((always_inline)) static inline void multiply_tile(const Job& job, int64_t b, int64_t t) {
     using Floats = typename Vector<LANES>::Floats;
     using Words = typename Vector<LANES>::Words;
     constexpr int columns = COLUMNS<LANES>, lookups = LOOKUPS<LANES>, parts = TILE / LANES;
     constexpr int64_t ahead = 32 * TILE;  // a page: at its end the prefetching of the hardware would start anew
-    auto dot = [&](const int32_t* plane, int64_t b, int64_t first, int64_t last, float* dots)
-                   __attribute__((always_inline)) {
-        Floats sum[parts] = {};
-        for (int64_t c = first; c < last; c++) {
-            const Floats* table = (const Floats*)job.tables + (b * job.words + c) * lookups;
+    const int64_t words_per_group = job.words / job.groups;
+    float alpha[8][TILE], shift[TILE];
+    Floats y[TOKENS][parts] = {};
+    for (int64_t c = 0; c < job.words; c++) {
+        const int64_t g = c / words_per_group;
+        if (c % words_per_group == 0) {
+            load_scales(job, t, g, alpha, shift);
+            for (int k = 0; k < TOKENS; k++)
+                for (int p = 0; p < parts; p++) y[k][p] += ((Floats*)shift)[p] * job.sums[(b + k) * job.groups + g];
+        }
+        for (int64_t i = 0; i < job.n_bits; i++) {
+            const int32_t* source = job.word(i, t, c);
             Words word[parts];
-            for (int p = 0; p < parts; p += 16 / LANES) __builtin_prefetch(plane + c * TILE + p * LANES + ahead);
-            for (int p = 0; p < parts; p++) word[p] = ((const Words*)(plane + c * TILE))[p];
+            Floats sum[TOKENS][parts] = {};
+            for (int r = 0; r < TILE; r += 16) __builtin_prefetch(source + r + ahead);
+            for (int p = 0; p < parts; p++) word[p] = ((const Words*)source)[p];
 #pragma GCC unroll 11
             for (int l = 0; l < lookups; l++) {
-                Floats entries = table[l];
-                for (int p = 0; p < parts; p++) {
-                    sum[p] += __builtin_shuffle(entries, word[p]);  // by the low 3 or 4 bits of each word
-                    word[p] >>= columns;
+#pragma GCC unroll 4
+                for (int k = 0; k < TOKENS; k++) {
+                    const Floats entries = ((const Floats*)job.tables)[((b + k) * job.words + c) * lookups + l];
+                    for (int p = 0; p < parts; p++) sum[k][p] += __builtin_shuffle(entries, word[p]);  // by the low bits
                 }
+                for (int p = 0; p < parts; p++) word[p] >>= columns;
             }
+            for (int k = 0; k < TOKENS; k++)
+                for (int p = 0; p < parts; p++) y[k][p] += ((Floats*)alpha[i])[p] * sum[k][p];
         }
-        for (int p = 0; p < parts; p++) ((Floats*)dots)[p] = sum[p];
-    };
-    multiply_tiles(job, begin, end, dot);
+    }
+    for (int k = 0; k < TOKENS; k++) store_tile(job, b + k, t, y[k]);
+}
+
+template <int LANES>
+__attribute__((always_inline)) static inline void lookup(const Job& job, int64_t begin, int64_t end) {
+    constexpr int together = LANES == 16 ? 4 : 1;  // tokens: as many as there are registers for
+    for (int64_t t = begin; t < end; t++) {
+        int64_t b = 0;
+        for (; b + together <= job.batch; b += together) multiply_tile<LANES, together>(job, b, t);
+        for (; b < job.batch; b++) multiply_tile<LANES, 1>(job, b, t);
+    }
 }
 
 __attribute__((target("avx512f,fma"))) static void avx512(const Job& job, int64_t begin, int64_t end) {
