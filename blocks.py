@@ -37,7 +37,12 @@ class Training:
     mapping_rate: float = 5e-3  # learning rate of scale, s_elem and s_row, falling to 0 as a cosine
     level_rate: float = 5e-4  # learning rate of alpha and shift, likewise
     period: int = 2  # steps from one mapping to the next
+    local: bool = True  # a new mapping compares a level with its neighbours only
+    tau: float = 1.0  # no gradient where the level is farther away than tau times the smallest alpha
+    learn_shift: bool = True  # the shift is trained like alpha
     original_input: float = 0.5  # share of input elements that come from the original model
+    n_ratios: int = 10  # clipping ratios that the initialization tries
+    n_rounds: int = 15  # of alternating update, from each
     importance: bool = True  # initialize for the inputs the layers see; the paper looks at the weights alone
 
 
@@ -48,14 +53,19 @@ def is_trained(method: str) -> bool:
 
 def quantize_layers(
     checkpoint: Checkpoint, block: Block, i: int, method: str, n_bits: int, group_size: int,
-    importance: dict[str, Tensor] = {},
+    settings: Training = Training(), importance: dict[str, Tensor] = {},
 ):  # fmt: skip
     """Swap every linear layer of block i for a quantizer of the weight as it is stored. Yields (name, quantizer).
 
     importance: by name what `FlexBCQLinear` takes; without a name, None"""
     for name, linear in linears(block).items():
         weight = checkpoint.tensor(f"model.layers.{i}.{name}.weight").to(linear.weight.device)
-        quantizer = FlexBCQLinear(weight, n_bits, group_size, *METHODS[method], importance=importance.get(name))
+        quantizer = FlexBCQLinear(
+            weight, n_bits, group_size, *METHODS[method], settings.n_ratios, settings.n_rounds, importance.get(name),
+            settings.tau,
+        )  # fmt: skip
+        if not settings.learn_shift:
+            quantizer.shift.requires_grad_(False)
         block.set_submodule(name, quantizer)
         yield name, quantizer
 
@@ -138,7 +148,7 @@ def train_block(
             order = torch.stack(columns, dim=1)  # (n_steps, samples of this process in a step)
         if step and step % settings.period == 0:
             for quantizer in quantizers:
-                quantizer.remap()
+                quantizer.remap(settings.local)
         chosen = order[step % n_steps]
         original, quantized = (x[chosen] for x in inputs)
         draws = torch.stack([torch.rand(original.shape[1:], generator=g) for g in generators])
@@ -152,6 +162,16 @@ def train_block(
         optimizer.zero_grad()
         schedule.step()
         advance()
+
+
+@torch.inference_mode()
+def moves(before: list[Tensor], after: list[Tensor], n_bits: int) -> list[float]:
+    """Share of the weights whose level moved by 0, 1, 2, .. places. before, after: by layer, as `ranks` gives them."""
+    counts = torch.zeros(2**n_bits, dtype=torch.int64)
+    for old, new in zip(before, after):
+        moved = torch.maximum(old, new) - torch.minimum(old, new)  # uint8 has no sign
+        counts += torch.tensor([int((moved == distance).sum()) for distance in range(2**n_bits)])
+    return (counts / counts.sum()).tolist()
 
 
 def quantize_block(checkpoint, i, *arguments) -> tuple[dict[str, BCQLinear], dict]:
@@ -172,15 +192,16 @@ def _quantize_block(checkpoint, i, inputs, target, rope, args, settings, bar):
     with input_squares(linears(block) if settings.importance else {}) as importance:
         forward(block, original, rope, out=target)
     initializing, quantizers, choice = time.time(), {}, (args.method, args.bits, args.group_size)
-    for name, quantizer in quantize_layers(checkpoint, block, i, *choice, importance):
+    for name, quantizer in quantize_layers(checkpoint, block, i, *choice, settings, importance):
         quantizers[name] = quantizer
         bar.update()
     training = time.time()
     record = {"loss_before": output_error(block, quantized, rope, target)}
     bar.set_postfix_str(f"loss {record['loss_before']:.3e}")
     if is_trained(args.method):
-        seed = settings.seed * 100_003 + i
+        seed, before = settings.seed * 100_003 + i, [q.ranks() for q in quantizers.values()]
         train_block(block, list(quantizers.values()), inputs, target, rope, settings, seed, bar.update)
+        record["moves"] = moves(before, [q.ranks() for q in quantizers.values()], args.bits)
     trained = time.time()
     packed = pack_layers(block, quantizers)
     for layer in packed.values():

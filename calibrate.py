@@ -9,11 +9,12 @@ share the work, in parallel.py. Here: the checks and the plan beforehand, the lo
 """
 
 import argparse
+import math
 import os
 import platform
 import shutil
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -25,12 +26,24 @@ import parallel
 from blocks import Training, activations, forward, is_trained, pack_layers, quantize_block, quantize_layers
 from eval import TINY, batches, check_device, cut, default_device, guarded
 from eval import load_text, load_tokenizer, perplexity, resolve_seq_len, tokenize
-from flexbcq import METHODS
+from flexbcq import METHODS, peak_bytes
 from kernel import BCQLinear
 from llama import Block, Checkpoint, linears, rope_tables, whole_file, write_json
 from resume import REPORT, dequantize_blocks, read_block, resumable, write_block, write_rest
 
 QUICK_EPOCHS = 1  # for the bundled model: less than three minutes on two CPU cores
+SWITCHES = {  # the fields of Training that only an ablation changes: smallest and largest value, what they do
+    "mapping_rate": (0, 1, "learning rate of scale, s_elem and s_row"),
+    "level_rate": (0, 1, "learning rate of alpha and shift"),
+    "period": (1, math.inf, "steps from one mapping to the next"),
+    "local": (0, 1, "a new mapping compares a level with its neighbours only, not with all"),
+    "tau": (0, 1e9, "gradients flow where the level is at most so many times the smallest alpha away"),
+    "learn_shift": (0, 1, "the shift is trained like alpha"),
+    "original_input": (0, 1, "share of the input elements that come from the original model"),
+    "n_ratios": (1, math.inf, "clipping ratios that the initialization tries"),
+    "n_rounds": (0, math.inf, "of alternating update, from each"),
+    "importance": (0, 1, "initialize for the inputs that the layers see; the paper looks at the weights alone"),
+}
 
 
 def calibrate(checkpoint: Checkpoint, ids: Tensor, args, settings: Training, folder: Path, report: dict) -> None:
@@ -92,7 +105,7 @@ def check_layers(checkpoint: Checkpoint, n_bits: int, group_size: int) -> tuple[
 
 
 def load_texts(checkpoint: Checkpoint, args: argparse.Namespace) -> tuple[Tensor, Tensor, str]:
-    """Calibration samples (samples, seq_len), evaluation windows (n_windows, seq_len) and the name of their text.
+    """Calibration samples (samples, seq_len), evaluation windows (n_windows, eval_seq_len) and the name of their text.
 
     Samples start at random places. Without --eval-text the last tenth of --text is kept for evaluation; of the
     standard library it is every sixth window of the held-out files."""
@@ -108,7 +121,8 @@ def load_texts(checkpoint: Checkpoint, args: argparse.Namespace) -> tuple[Tensor
     generator = torch.Generator().manual_seed(args.seed)
     starts = torch.randint(len(ids) - args.seq_len + 1, (args.samples,), generator=generator).tolist()
     samples = torch.stack([ids[start : start + args.seq_len] for start in starts])
-    return samples, cut(tokenize(tokenizer, eval_text, eval_name, args.seq_len), args.seq_len)[::every], eval_name
+    windows = cut(tokenize(tokenizer, eval_text, eval_name, args.eval_seq_len), args.eval_seq_len)[::every]
+    return samples, windows[: args.eval_windows], eval_name
 
 
 def plot(records: list[dict], title: str, path: Path) -> None:
@@ -148,23 +162,24 @@ def prepare(args: argparse.Namespace) -> tuple[Checkpoint, Training]:
     if not os.access(args.out.parent, os.W_OK | os.X_OK):
         raise OSError(f"--out {args.out}: {args.out.parent} is no folder that can be written to; create it first")
     args.seq_len = resolve_seq_len(args.seq_len, checkpoint)
+    args.eval_seq_len = resolve_seq_len(args.eval_seq_len or args.seq_len, checkpoint, "--eval-seq-len")
     if args.epochs is None:
         args.epochs = QUICK_EPOCHS if checkpoint.folder.resolve() == TINY else Training.epochs
     if args.batch_size is None:
         args.batch_size = parallel.world() * Training.batch_size
-    for option, value in (("samples", args.samples), ("epochs", args.epochs), ("batch-size", args.batch_size)):
-        if value < 1:
-            raise ValueError(f"--{option} {value}: must be at least 1")
+    for name in ("samples", "epochs", "batch_size", "eval_windows", *SWITCHES, "seed"):
+        low, high, *_ = SWITCHES.get(name, (1, math.inf)) if name != "seed" else (0, 2**32 - 1)
+        if not low <= getattr(args, name) <= high:
+            wanted = f"choose {low} to {high}" if high < math.inf else f"must be at least {low}"
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: {wanted}")
     if args.samples % args.batch_size or args.batch_size % parallel.world():
         raise ValueError(
             f"--batch-size {args.batch_size}: must divide --samples {args.samples}, and the number of processes "
             f"({parallel.world()}) must divide it"
         )
-    if not 0 <= args.seed < 2**32:
-        raise ValueError(f"--seed {args.seed}: choose 0 to {2**32 - 1}")
     if args.offload and not os.access(args.offload, os.W_OK | os.X_OK):
         raise OSError(f"--offload {args.offload}: no folder that can be written to; create it first")
-    return checkpoint, Training(args.epochs, args.batch_size, args.seed, importance=args.importance)
+    return checkpoint, Training(**{field.name: getattr(args, field.name) for field in fields(Training)})
 
 
 def check_space(checkpoint: Checkpoint, weights: int, bits: float, args: argparse.Namespace) -> None:
@@ -232,9 +247,9 @@ def run(args: argparse.Namespace) -> None:
     with resumable(args.out, chosen, checkpoint.folder, texts) as (folder, report):
         start -= sum(record["seconds"] for record in report["blocks"])  # of earlier runs
         found = report["perplexity"]
-        if parallel.rank() == 0 and "original" not in found:
+        if parallel.rank() == 0 and args.baselines and "original" not in found:
             found["original"] = perplexity(checkpoint, windows, args.device, label="original")
-        if parallel.rank() == 0 and "rtn" not in found and args.method != "rtn":
+        if parallel.rank() == 0 and args.baselines and "rtn" not in found and args.method != "rtn":
             found["rtn"] = perplexity(checkpoint, windows, args.device, round_to_nearest, "rtn")
         calibrate(checkpoint, samples, args, settings, folder, report)
         if parallel.rank() == 0:
@@ -244,14 +259,16 @@ def run(args: argparse.Namespace) -> None:
             packed = {"quant_method": "flexbcq"} | chosen | versions
             write_rest(checkpoint, folder, None if args.dequantized else packed)
             found[args.method] = perplexity(Checkpoint(folder), windows, args.device, label=args.method)  # of the files
-            report |= {"text": eval_name, "bits_per_weight": bits, "seconds": time.time() - start, "versions": versions}
+            report |= {"text": eval_name, "eval_seq_len": args.eval_seq_len, "eval_windows": len(windows)}
+            report |= {"bits_per_weight": bits, "seconds": time.time() - start, "peak_bytes": peak_bytes()}
+            report |= {"versions": versions}
             write_json(folder / REPORT, report)
             with whole_file(folder / "calibration.png") as temporary:
                 plot(report["blocks"], f"{args.method}, {args.bits} bits", temporary)
     if parallel.rank() == 0:
         print_table(found, args.bits, bits, checkpoint.folder, args.out)
         print(
-            f"{eval_name}, seq_len {args.seq_len}, {len(windows)} windows; {report['seconds']:.0f} seconds; "
+            f"{eval_name}, seq_len {args.eval_seq_len}, {len(windows)} windows; {report['seconds']:.0f} seconds; "
             f"wrote {args.out}"
         )
 
@@ -270,18 +287,25 @@ def main() -> None:
         "(default: %(default)s)")  # fmt: skip
     add("--text", help="UTF-8 file to calibrate on (default: the Python standard library)")
     add("--eval-text", help="UTF-8 file for perplexity (default: the last tenth of --text, not calibrated on then)")
+    add("--eval-seq-len", type=int, help="tokens per window of it (default: as --seq-len)")
+    add("--eval-windows", type=int, default=2**30, help="measure only on so many, from the start (default: all)")
+    add("--baselines", action=argparse.BooleanOptionalAction, default=True, help="measure the original and rtn too "
+        "(default: %(default)s)")  # fmt: skip
     add("--samples", type=int, default=128, help="calibration sequences (default: %(default)s)")
     add("--seq-len", type=int, help="tokens in each (default: 2048, or the model's context if smaller)")
     add("--epochs", type=int, help=f"passes over the samples (default: {Training.epochs}; bundled: {QUICK_EPOCHS})")
     add("--batch-size", type=int, help="sequences in a step (default: 1, with torchrun one per process)")
     add("--seed", type=int, default=0, help="of samples, their order and mixing (default: %(default)s)")
-    add("--importance", action=argparse.BooleanOptionalAction, default=True, help="initialize for the inputs that the "
-        "layers see; the paper looks at the weights alone")  # fmt: skip
     add("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     add("--dequantized", action="store_true", help="write ordinary weights, rounded to what the planes hold, "
         "for other software")  # fmt: skip
     add("--offload", help="keep activations in this folder, on a disk, instead of memory")
     add("--dry-run", action="store_true", help="check everything, print what it takes, and stop")
+    switches = parser.add_argument_group("switches, for ablations").add_argument
+    for name, (*_, text) in SWITCHES.items():
+        default = getattr(Training, name)
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
+        switches(f"--{name.replace('_', '-')}", default=default, help=f"{text} (default: {default})", **kind)
     guarded(run, parser)
 
 

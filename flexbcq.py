@@ -213,9 +213,9 @@ class Quantize(torch.autograd.Function):
     """w^ = scale * (levels[codes] - zero_point), with the gradient of the paper written out.
 
     Rounding has no useful derivative, so the map passes gradients straight through: dq/dv = 1, and dq/dalpha_i = b_i
-    with the codes held fixed (Bengio et al. 2013). Where |v - q| > tau = min |alpha_i| the level is too far away for
-    that to be true and nothing flows, neither to v nor to the levels (gradient filtering; for uniform levels these are
-    exactly the clipped weights). With u = v - zero_point = w / (scale * s_elem * s_row) and g = dL/dw^:
+    with the codes held fixed (Bengio et al. 2013). Where |v - q| > tau * min |alpha_i| the level is too far away for
+    that to be true and nothing flows, neither to v nor to the levels (gradient filtering; with tau = 1, for uniform
+    levels, these are exactly the clipped weights). With u = v - zero_point = w / (scale * s_elem * s_row) and g = dL/dw^:
 
         g_v            = g * scale                                  where not filtered, else 0
         dL/dlog s_elem = -g_v * u
@@ -225,7 +225,7 @@ class Quantize(torch.autograd.Function):
     The only (n, ..) tensors kept for the backward pass are those that exist anyway: w, log_s_elem, codes and w^."""
 
     @staticmethod
-    def forward(ctx, w, scale, zero_point, log_s_elem, alpha, shift, codes, filtering):
+    def forward(ctx, w, scale, zero_point, log_s_elem, alpha, shift, codes, tau):
         """w, log_s_elem: (n_groups, group_size); codes: the same, uint8; scale (learned factors of the group and the
         row in it), zero_point, shift: (n_groups, 1); alpha: (n_groups, n_bits). Returns w^ like w, in scale's dtype."""
         values = scale * (levels(alpha, shift) - zero_point)
@@ -233,24 +233,23 @@ class Quantize(torch.autograd.Function):
         for out, value, code in parts(quantized, values, codes):
             torch.gather(value, 1, code.long(), out=out)
         ctx.save_for_backward(w, scale, log_s_elem, alpha, codes, quantized)
-        ctx.filtering = filtering
+        ctx.tau = tau
         return quantized
 
     @staticmethod
     def backward(ctx, g):
         g_log_s = torch.empty_like(g)
-        sums = [gradients(*part, ctx.filtering) for part in parts(g_log_s, g, *ctx.saved_tensors)]
+        sums = [gradients(*part, ctx.tau) for part in parts(g_log_s, g, *ctx.saved_tensors)]
         g_scale, g_alpha, g_shift = map(torch.cat, zip(*sums))
         return None, g_scale, None, g_log_s, g_alpha, g_shift, None, None
 
 
-def gradients(g_log_s, g, w, scale, log_s_elem, alpha, codes, quantized, filtering):
+def gradients(g_log_s, g, w, scale, log_s_elem, alpha, codes, quantized, tau):
     """The formulas of `Quantize` for some groups. Fills g_log_s; returns those of scale, alpha and shift."""
     u = transform(w, scale, log_s_elem)
     g_v = g * scale
-    if filtering:
-        distance = (quantized / scale).sub_(u).abs_()  # |q - v|
-        g_v.masked_fill_(distance > alpha.abs().amin(1, keepdim=True), 0)
+    distance = (quantized / scale).sub_(u).abs_()  # |q - v|
+    g_v.masked_fill_(distance > tau * alpha.abs().amin(1, keepdim=True), 0)
     g_shift, n_bits = g_v.sum(1, keepdim=True), alpha.shape[1]
     plus = [(g_v * ((codes >> (n_bits - 1 - i)) & 1)).sum(1, keepdim=True) for i in range(n_bits)]
     g_alpha = 2 * torch.cat(plus, 1) - g_shift  # the sum where b_i = +1 minus the sum where it is -1
@@ -270,20 +269,22 @@ class FlexBCQLinear(nn.Module):
     weight:        (out_features, in_features), kept in its dtype
     learn_mapping: scale, s_elem and s_row are parameters (as logarithms, from 0)
     learn_levels:  alpha and shift are fitted at the start and parameters
-    importance:    (in_features,), the mean or sum of squares of each input: the initialization weighs the errors of a
-                   column by it, the diagonal of the Hessian of the layer's output error. None: all columns alike
+    n_ratios, n_rounds, importance: of `initialize`, except that importance is (in_features,), the mean or sum of
+                   squares of each input: the diagonal of the Hessian of the layer's output error. None: all columns
+                   count alike
+    tau:           of `Quantize`
     The codes are state that only `remap` changes, so `forward` is pure. Raises ValueError on a bad size or NaN."""
 
     def __init__(
-        self, weight, n_bits, group_size=-1, learn_mapping=True, learn_levels=True, n_ratios=20, n_rounds=15,
-        importance=None,
+        self, weight, n_bits, group_size=-1, learn_mapping=True, learn_levels=True, n_ratios=10, n_rounds=15,
+        importance=None, tau=1.0,
     ):  # fmt: skip
         super().__init__()
         if n_bits not in range(1, 9):
             raise ValueError(f"{n_bits} bits: choose 1 to 8")
         if not weight.isfinite().all():
             raise ValueError("the weight contains NaN or infinity")
-        self.shape, self.n_bits, self.filtering = weight.shape, n_bits, True
+        self.shape, self.n_bits, self.tau = weight.shape, n_bits, tau
         self.register_buffer("w", weight.detach().reshape(-1, columns_per_group(weight.shape[1], group_size)))
         plain = not (learn_mapping or learn_levels)  # RTN as everybody has it does not search for a clipping ratio
         if importance is not None:
@@ -326,10 +327,15 @@ class FlexBCQLinear(nn.Module):
             nearest_nearby(v, self.codes, self.alpha, self.shift) if local else nearest(v, self.alpha, self.shift)
         )
 
+    def ranks(self) -> Tensor:
+        """The place by value of the level each weight has, 0 for the lowest. (n_groups, group_size) uint8."""
+        places = levels(self.alpha, self.shift).argsort(dim=1).argsort(dim=1).to(torch.uint8)
+        return places.gather(1, self.codes.long())
+
     def quantized_weight(self) -> Tensor:
         """w^, (out_features, in_features) float, differentiable in the parameters."""
         parameters = self._scale(), self.zero_point, self.log_s_elem, self.alpha, self.shift
-        return Quantize.apply(self.w, *parameters, self.codes, self.filtering).view(self.shape)
+        return Quantize.apply(self.w, *parameters, self.codes, self.tau).view(self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) -> (..., out_features)."""
@@ -357,18 +363,18 @@ def _measure_initialization(n_ratios: int, size: int, n_bits: int, group_size: i
     """Seconds and peak bytes per weight, for one (size, size) weight. Meant for a process of its own."""
     weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).view(-1, group_size)
     initialize(weight[:64], n_bits, 1, 1)  # load the libraries
-    before, start = _peak_bytes(), time.perf_counter()
+    before, start = peak_bytes(), time.perf_counter()
     initialize(weight, n_bits, n_ratios, 15)
-    return time.perf_counter() - start, (_peak_bytes() - before) / size**2
+    return time.perf_counter() - start, (peak_bytes() - before) / size**2
 
 
 def _measure_training(n_layers: int, size: int, n_bits: int, group_size: int) -> tuple[float, float]:
     """Seconds of one forward and backward of one layer, a new mapping every second time, and peak bytes per weight of
     training a chain of n_layers, Adam and the weights themselves included. Meant for a process of its own."""
     _train_chain(1, 64, n_bits, 64)  # load the libraries
-    before = _peak_bytes()
+    before = peak_bytes()
     seconds = _train_chain(n_layers, size, n_bits, group_size)
-    return seconds, (_peak_bytes() - before) / (n_layers * size**2)
+    return seconds, (peak_bytes() - before) / (n_layers * size**2)
 
 
 def _train_chain(n_layers: int, size: int, n_bits: int, group_size: int) -> float:
@@ -389,7 +395,8 @@ def _train_chain(n_layers: int, size: int, n_bits: int, group_size: int) -> floa
     return sum(sorted(seconds)[4:6]) / 2  # half of the steps map: the median lies between the two kinds
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
+    """Of the resident memory of this process so far."""
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -402,7 +409,7 @@ def main() -> None:
     args = parser.parse_args()
     group_size = columns_per_group(args.size, args.group_size)
     print(f"one {args.size} x {args.size} weight, groups of {group_size}, {torch.get_num_threads()} threads")
-    jobs = [(f"initialization, n_ratios={n}", _measure_initialization, n) for n in (1, 20, 50)]
+    jobs = [(f"initialization, n_ratios={n}", _measure_initialization, n) for n in (1, 10, 50)]
     jobs += [("forward + backward", _measure_training, 4)]
     for n_bits in (3, 4):
         for name, measure, n in jobs:

@@ -17,6 +17,7 @@ from flexbcq import METHODS, FlexBCQLinear
 from kernel import BCQLinear
 from llama import Checkpoint, linears, rope_tables
 
+EVALUATION = {"eval_seq_len": 64, "eval_windows": 1}
 FEW_STEPS = ["--samples", "8", "--epochs", "2", "--batch-size", "2", "--group-size", "32"]
 
 
@@ -97,7 +98,7 @@ def test_initialization_weighs_columns_by_the_inputs_they_meet(option, toy, text
     """Block 0 as written by bcq, against what `FlexBCQLinear` makes of inputs computed here, layer by layer."""
     options = ["--model", toy, "--text", text, "--bits", 2, "--method", "bcq", *FEW_STEPS, *option]
     assert call(main, *options, "--out", tmp_path / "out").code == 0
-    checkpoint, settings = Checkpoint(toy), SimpleNamespace(text=text, eval_text=None, samples=8, seq_len=64, seed=0)
+    checkpoint, settings = Checkpoint(toy), SimpleNamespace(text=text, eval_text=None, samples=8, seq_len=64, seed=0, **EVALUATION)
     block, x = checkpoint.block(0), checkpoint.embedding(torch.bfloat16)(load_texts(checkpoint, settings)[0]).float()
     reads = {"self_attn.q_proj": block.input_layernorm(x)}
     x = x + block.self_attn(reads["self_attn.q_proj"], *rope_tables(checkpoint.config, 64))
@@ -110,6 +111,45 @@ def test_initialization_weighs_columns_by_the_inputs_they_meet(option, toy, text
         importance = None if option else inputs.square().sum((0, 1))
         expected = FlexBCQLinear(weight, 2, 32, *METHODS["bcq"], importance=importance).pack().dequantize()
         torch.testing.assert_close(written.get_submodule(name).dequantize(), expected, rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "switch",
+    ["--mapping-rate 0.01", "--level-rate 0.01", "--period 1", "--no-local", "--tau 0.5", "--no-learn-shift"]
+    + ["--original-input 0", "--n-ratios 2", "--n-rounds 3", "--no-importance"],
+)
+def test_every_switch_changes_what_is_written_and_is_on_record(switch, toy, text, tmp_path):
+    """At a rate that moves many codes in the few steps there are."""
+    written = []
+    for name, option in ("plain", []), ("switched", switch.split()):
+        rate = [] if "mapping" in switch else ["--mapping-rate", 0.3]
+        options = ["--text", text, "--bits", 4, *FEW_STEPS, "--no-baselines", *rate, *option]
+        assert call(main, "--model", toy, "--out", tmp_path / name, *options).code == 0
+        settings = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        block_1 = tmp_path / name / "model-00002-of-00003.safetensors"
+        written.append((settings, block_1.read_bytes()))
+    key = switch.split()[0].removeprefix("--no-").removeprefix("--").replace("-", "_")
+    assert written[0][0][key] != written[1][0][key]
+    assert written[0][1] != written[1][1]
+
+
+def test_evaluation_has_a_window_and_a_length_of_its_own(toy, text, tmp_path):
+    """The report of a run without baselines, against perplexity measured on the windows that were asked for."""
+    options = ["--eval-text", text, "--eval-seq-len", 32, "--eval-windows", 3, "--no-baselines", *FEW_STEPS]
+    result = call(main, "--model", toy, "--out", tmp_path / "out", "--text", text, "--seq-len", 64, *options)
+    assert result.out.splitlines()[-1].startswith("text.txt, seq_len 32, 3 windows")
+    windows = cut(tokenize(load_tokenizer(toy), read_text(text), "text", 32), 32)[:3]
+    found = json.loads((tmp_path / "out" / "calibration.json").read_text())["perplexity"]
+    assert found == {"flexbcq": pytest.approx(perplexity(Checkpoint(tmp_path / "out"), windows), rel=1e-6)}
+
+
+def test_report_counts_how_far_codes_moved(packed):
+    """In training alone: rtn and bcq have nothing to report, and most weights stay where they are or nearby."""
+    for method, folder in packed.items():
+        for block in json.loads((folder / "calibration.json").read_text())["blocks"]:
+            assert ("moves" in block) == (method not in ("rtn", "bcq"))
+            if moves := block.get("moves"):
+                assert len(moves) == 4 and sum(moves) == pytest.approx(1) and moves[0] > moves[1] > moves[3]
 
 
 def test_evaluation_text_is_never_calibrated_on(toy, tmp_path):

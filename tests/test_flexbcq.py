@@ -240,18 +240,17 @@ def test_local_mapping_is_the_direct_one_when_moves_are_small():
 # ------------------------------------------------------------------------------------------------------ gradient
 
 
-def plain_formula(w, scale, zero_point, log_s_elem, alpha, shift, codes, filtering):
+def plain_formula(w, scale, zero_point, log_s_elem, alpha, shift, codes, tau):
     """The quantizer in operations that autograd knows; q + (v - v.detach()) is the straight-through estimator."""
     v = w / (scale * torch.exp(log_s_elem)) + zero_point
     q = levels(alpha, shift).gather(1, codes.long()) + (v - v.detach())
-    if filtering:
-        too_far = (v - q).abs() > alpha.abs().amin(1, keepdim=True)
-        q = torch.where(too_far, q.detach(), q)
+    too_far = (v - q).abs() > tau * alpha.abs().amin(1, keepdim=True)
+    q = torch.where(too_far, q.detach(), q)
     return scale * (q - zero_point)
 
 
-@pytest.mark.parametrize("n_bits, filtering", list(itertools.product((1, 2, 3, 5, 8), (True, False))))
-def test_backward_by_hand_is_autograd_of_the_plain_formula(n_bits, filtering):
+@pytest.mark.parametrize("n_bits, tau", list(itertools.product((1, 2, 3, 5, 8), (0.5, 1.0, torch.inf))))
+def test_backward_by_hand_is_autograd_of_the_plain_formula(n_bits, tau):
     torch.manual_seed(n_bits)
     w = random_groups(7, 64, torch.float64)
     alpha, shift = (x.double() for x in crossing_levels(7, n_bits))
@@ -260,7 +259,7 @@ def test_backward_by_hand_is_autograd_of_the_plain_formula(n_bits, filtering):
     gradient, results = torch.randn_like(w), []
     for function in (Quantize.apply, plain_formula):
         scale, log_s_elem, alpha, shift = (x.clone().requires_grad_() for x in leaves)
-        y = function(w, scale, zero_point, log_s_elem, alpha, shift, codes, filtering)
+        y = function(w, scale, zero_point, log_s_elem, alpha, shift, codes, tau)
         results.append((y, *torch.autograd.grad(y, (scale, log_s_elem, alpha, shift), gradient)))
     for ours, expected in zip(*results):
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)

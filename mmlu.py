@@ -1,0 +1,103 @@
+"""MMLU: multiple-choice questions from 57 subjects (Hendrycks et al. 2021), asked as in the original evaluation.
+
+    python eval.py --model FOLDER --mmlu DATA --shots 5
+
+DATA holds the published files, `test/SUBJECT_test.csv` and `dev/SUBJECT_dev.csv`, with lines of question, A, B, C, D,
+letter. A prompt shows some solved questions of the subject (the shots, from dev) and then the one to be answered; the
+answer is the letter with the highest logit after "Answer:". Shots are dropped until the prompt fits.
+"""
+
+import csv
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Iterable, Iterator
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm import tqdm
+
+from llama import KVCache, Llama
+
+LETTERS = "ABCD"
+
+
+def read_questions(path: Path) -> list[list[str]]:
+    """The lines of a file: [question, A, B, C, D, letter]. Raises OSError or ValueError naming file and line."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+    except OSError as error:
+        raise OSError(f"{path}: cannot read the questions ({error.strerror}); is --mmlu the published folder?") from None
+    for number, row in enumerate(rows, 1):
+        if len(row) != 6 or row[5] not in list(LETTERS):
+            raise ValueError(f"{path}: question {number} is not question, A, B, C, D, letter")
+    return rows
+
+
+def subjects(folder: Path) -> list[str]:
+    """Their names, in order. Raises OSError if there are none."""
+    found = sorted(path.name.removesuffix("_test.csv") for path in (folder / "test").glob("*_test.csv"))
+    if not found:
+        raise OSError(f"{folder}: has no test/SUBJECT_test.csv; is --mmlu the published folder?")
+    return found
+
+
+def prompt(subject: str, shots: list[list[str]], question: list[str]) -> str:
+    """What the model is to continue with a letter. The original has two spaces before the subject, and so have we."""
+    text = f"The following are multiple choice questions (with answers) about  {subject.replace('_', ' ')}.\n\n"
+    for row in (*shots, question):
+        choices = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, row[1:5]))
+        text += f"{row[0]}{choices}\nAnswer:" + (f" {row[5]}\n\n" if row is not question else "")
+    return text
+
+
+def fitting(tokenizer: Tokenizer, subject: str, shots: list[list[str]], question: list[str], seq_len: int) -> Tensor:
+    """The prompt's tokens, with as many of the shots as fit into seq_len. Raises ValueError if it does not without."""
+    for n in range(len(shots), -1, -1):
+        ids = tokenizer.encode(prompt(subject, shots[:n], question)).ids
+        if len(ids) <= seq_len:
+            return torch.tensor(ids)
+    raise ValueError(f"{subject}: a question of {len(ids)} tokens does not fit into {seq_len}; give a larger --seq-len")
+
+
+@torch.inference_mode()
+def last_logits(model: Llama, prompts: Iterable[Tensor], seq_len: int) -> Iterator[Tensor]:
+    """Of each prompt, (length,), the logits that follow it, (vocab_size,).
+
+    What it has in common with the prompt before, as are the shots, stays in the cache and is not computed again."""
+    like = model.model.norm.weight
+    caches, before = [KVCache(model.config, 1, seq_len, like) for _ in model.model.layers], torch.tensor([], dtype=int)
+    for ids in prompts:
+        n = min(len(before), len(ids) - 1)
+        shared = int((before[:n] == ids[:n]).cumprod(0).sum())
+        for cache in caches:
+            cache.length = shared
+        yield model(ids[None, shared:].to(like.device), caches)[0, -1]
+        before = ids
+
+
+def accuracy(
+    model: Llama, tokenizer: Tokenizer, folder: Path, n_shots: int, seq_len: int, limit: int | None
+) -> dict[str, tuple[int, int]]:
+    """By subject how many questions were answered right, and of how many. limit: ask the first few of each only."""
+    questions = [(s, row) for s in subjects(folder) for row in read_questions(folder / "test" / f"{s}_test.csv")[:limit]]
+    shots = {s: read_questions(folder / "dev" / f"{s}_dev.csv")[:n_shots] for s in subjects(folder)}
+    letters = [tokenizer.encode(f"Answer: {letter}").ids[-1] for letter in LETTERS]
+    prompts = (fitting(tokenizer, subject, shots[subject], row, seq_len) for subject, row in questions)
+    found = defaultdict(lambda: (0, 0))
+    bar = tqdm(zip(questions, last_logits(model, prompts, seq_len)), total=len(questions), unit="question", leave=False)
+    for (subject, row), logits in bar:
+        right, asked = found[subject]
+        found[subject] = right + (LETTERS[logits[letters].argmax()] == row[5]), asked + 1
+        bar.set_postfix_str(f"{sum(r for r, _ in found.values()) / sum(n for _, n in found.values()):.1%}")
+    return dict(found)
+
+
+def table(found: dict[str, tuple[int, int]]) -> str:
+    """A line per subject, and the share of all questions answered right, which is the average of the original."""
+    lines = [f"{subject.replace('_', ' '):40}{right / asked:7.1%} of {asked}" for subject, (right, asked) in found.items()]
+    right, asked = map(sum, zip(*found.values()))
+    error = math.sqrt(right / asked * (1 - right / asked) / asked)
+    return "\n".join([*lines, f"accuracy {right / asked:.1%} +- {error:.1%} (standard error; {asked} questions; guessing: 25%)"])

@@ -1,0 +1,121 @@
+"""MMLU, against a computation from scratch with `transformers`."""
+
+import csv
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from helpers import call
+from transformers import AutoModelForCausalLM
+
+import calibrate
+from eval import load_tokenizer, main
+from llama import Checkpoint
+from mmlu import accuracy, last_logits, table
+
+WORDS = "list dict tuple for while return yield import class def lambda print open read write self name".split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two subjects in the published layout, 60 and 40 random questions and 5 solved ones each; a few are quoted CSV."""
+    folder, draw = tmp_path_factory.mktemp("mmlu"), random.Random(0)
+
+    def question():
+        return [" ".join(draw.choices(WORDS, k=draw.randint(1, n))) for n in (6, 2, 2, 2, 2)] + [draw.choice("ABCD")]
+
+    for subject, n in (("short_words", 60), ("code", 40)):
+        for part, count in (("test", n), ("dev", 5)):
+            (folder / part).mkdir(exist_ok=True)
+            rows = [question() for _ in range(count)]
+            rows[0][0] = 'A "quoted", question\nof two lines'
+            with open(folder / part / f"{subject}_{part}.csv", "w", newline="") as file:
+                csv.writer(file).writerows(rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(toy, tmp_path_factory):
+    """The toy with a context of 512."""
+    folder = shutil.copytree(toy, tmp_path_factory.mktemp("models") / "long")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    return folder
+
+
+def rows(data, part, subject):
+    with open(data / part / f"{subject}_{part}.csv", newline="") as file:
+        return list(csv.reader(file))
+
+
+@pytest.mark.parametrize("n_shots, seq_len", [(0, 128), (5, 512), (5, 150)], ids=["0 shots", "5 shots", "some fit"])
+@torch.inference_mode()
+def test_answers_are_those_of_transformers(n_shots, seq_len, data, model):
+    """100 questions, each run alone and without a cache; the prompts are written out once more."""
+    oracle, tokenizer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), load_tokenizer(model)
+    letters = [tokenizer.encode(f" {letter}").ids[-1] for letter in "ABCD"]
+    logits, prompts, right = [], [], {"code": 0, "short_words": 0}
+    layout = "{}\nA. {}\nB. {}\nC. {}\nD. {}\nAnswer:"
+    for subject in right:
+        heading = f"The following are multiple choice questions (with answers) about  {subject.replace('_', ' ')}.\n\n"
+        solved = [layout.format(*row) + f" {row[5]}\n\n" for row in rows(data, "dev", subject)[:n_shots]]
+        for row in rows(data, "test", subject):
+            texts = (heading + "".join(solved[:n]) + layout.format(*row) for n in range(n_shots, -1, -1))
+            ids = next(ids for text in texts if len(ids := tokenizer.encode(text).ids) <= seq_len)
+            prompts.append(torch.tensor(ids))
+            logits.append(oracle(prompts[-1][None]).logits[0, -1])
+            right[subject] += "ABCD"[logits[-1][letters].argmax()] == row[5]
+    ours = Checkpoint(model).model()
+    torch.testing.assert_close(torch.stack(list(last_logits(ours, prompts, seq_len))), torch.stack(logits))
+    expected = {subject: (right[subject], len(rows(data, "test", subject))) for subject in right}
+    assert accuracy(ours, tokenizer, data, n_shots, seq_len, None) == expected
+
+
+def test_command_line_prints_a_line_per_subject_and_the_share_of_all(data, model):
+    result = call(main, "--model", model, "--mmlu", data, "--shots", 2, "--limit", 10)
+    right = sum(right for right, _ in accuracy(Checkpoint(model).model(), load_tokenizer(model), data, 2, 512, 10).values())
+    *lines, last = result.out.splitlines()
+    assert [line.split("%")[1] for line in lines] == [" of 10"] * 2 and lines[1].startswith("short words")
+    assert last.startswith(f"accuracy {right / 20:.1%} +- ") and "20 questions" in last
+
+
+def test_packed_model_answers_like_its_planes(data, model, text, tmp_path):
+    """The command line multiplies by weights dequantized once; here, the layers do as they always do."""
+    options = ["--text", text, "--method", "rtn", "--bits", 3, "--group-size", 32, "--samples", 2, "--no-baselines"]
+    assert call(calibrate.main, "--model", model, "--out", tmp_path / "packed", *options).code == 0
+    checkpoint = Checkpoint(tmp_path / "packed")
+    expected = table(accuracy(checkpoint.model(), load_tokenizer(model), data, 5, 512, 20))
+    assert call(main, "--model", tmp_path / "packed", "--mmlu", data, "--limit", 20).out == expected + "\n"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--shots", -1], "--shots -1: must be at least 0"),
+        (["--limit", 0], "--limit 0: must be at least 1"),
+        (["--seq-len", 20], "tokens does not fit into 20; give a larger --seq-len"),
+        (["--mmlu", "."], ".: has no test/SUBJECT_test.csv"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_options_get_one_line(options, message, data, model):
+    result = call(main, "--model", model, "--mmlu", data, *options)
+    assert result.code == 2 and message in result.err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("line", ["just,five,columns,here,A", "a,b,c,d,e,F"])
+def test_a_damaged_file_is_named_with_the_question(line, data, model, tmp_path):
+    folder = shutil.copytree(data, tmp_path / "data")
+    with open(folder / "dev" / "code_dev.csv", "a") as file:
+        file.write(line)
+    result = call(main, "--model", model, "--mmlu", folder)
+    assert result.code == 2 and "code_dev.csv: question 6 is not question, A, B, C, D, letter" in result.err
+
+
+def test_a_missing_file_is_named(data, model, tmp_path):
+    folder = shutil.copytree(data, tmp_path / "data")
+    (folder / "dev" / "code_dev.csv").unlink()
+    result = call(main, "--model", model, "--mmlu", folder)
+    assert result.code == 2 and "code_dev.csv: cannot read the questions" in result.err
