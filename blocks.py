@@ -115,12 +115,18 @@ def input_squares(layers: dict[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
 
 
 @torch.inference_mode()
-def output_error(block: Block, x: Tensor, rope: tuple[Tensor, Tensor], target: Tensor) -> float:
-    """Mean squared error of the block's output on x, over the samples of all processes. Shapes as in `forward`."""
+def output_error(
+    block: Block, x: Tensor, rope: tuple[Tensor, Tensor], target: Tensor, replace: bool = False
+) -> float:
+    """Mean squared error of the block's output on x, over the samples of all processes. Shapes as in `forward`.
+
+    replace: write the output over x"""
     error = 0.0
     for part, wanted in zip(batches(x), batches(target)):
         y = block(part.to(rope[0].device, torch.float32), *rope)
         error += F.mse_loss(y, wanted.to(y), reduction="sum").item()
+        if replace:
+            part.copy_(y)
     return parallel.mean(error / x.numel())
 
 
@@ -206,7 +212,6 @@ def _quantize_block(checkpoint, i, inputs, target, rope, args, settings, bar):
     packed = pack_layers(block, quantizers)
     for layer in packed.values():
         parallel.agree(layer.state_dict().values())
-    record["loss_after"] = output_error(block, quantized, rope, target)
-    forward(block, quantized, rope, out=quantized)
+    record["loss_after"] = output_error(block, quantized, rope, target, replace=True)
     record |= {"seconds": time.time() - start, "initializing": training - initializing, "training": trained - training}
     return packed, record

@@ -1,0 +1,65 @@
+"""The results page, and the runs it is made of."""
+
+import json
+import shutil
+
+import pytest
+from helpers import call
+
+import results
+
+
+def test_the_page_is_what_the_records_say():
+    store = json.loads(results.STORE.read_text("utf-8"))
+    assert results.PAGE.read_text("utf-8") == results.page(store)
+    assert results.summary(store["runs"]) in results.README.read_text("utf-8")
+
+
+@pytest.fixture
+def small(toy, text, tmp_path, monkeypatch):
+    """Command line options for a toy in place of both models, one cell and two ablations; all is written to tmp_path."""
+    shutil.copy(text, tmp_path / "wiki.valid.tokens")
+    shutil.copy(text, tmp_path / "wiki.test.raw")
+    short = "--samples 4 --seq-len 64 --epochs 1 --eval-seq-len 32 --eval-windows 2"
+    monkeypatch.setattr(results, "SETTING", short)
+    monkeypatch.setattr(results, "ABLATED", f"--model {toy} --text {tmp_path / 'wiki.valid.tokens'} --bits 2 {short}")
+    monkeypatch.setattr(results, "CELLS", [(3, -1)])
+    monkeypatch.setattr(results, "SEEDED", (3, -1))
+    monkeypatch.setattr(results, "ablations", lambda: {"mapping": ["--period 1"], "filtering": ["--tau 1e9"]})
+    shutil.copy(results.README, tmp_path)
+    for name in ("STORE", "PLOT", "PAGE", "README"):
+        monkeypatch.setattr(results, name, tmp_path / getattr(results, name).name)
+    return ["--model", toy, "--data", tmp_path]
+
+
+def test_what_is_missing_is_measured_and_the_rest_is_kept(small, tmp_path):
+    first, *others = wanted = results.wanted()
+    assert len(wanted) == 3 + 2 + 4 + 2 * 3
+    assert call(results.main, *small, "--runs", 1).code == 2  # too little for a page
+    store = json.loads((tmp_path / "results.json").read_text())
+    assert list(store["runs"]) == [first] and store["runs"][first]["perplexity"].keys() == {"original", "rtn", "flexbcq"}
+    made_up = {"original": 1234.5, "rtn": 12.0, "bcq": 13.0, "flexround": 14.0, "flexbcq": 100.0}
+    missing = [results.options(method, 3, -1) for method in ("rtn", "bcq")]
+    store["runs"] |= {chosen: store["runs"][first] | {"perplexity": made_up} for chosen in wanted if chosen not in missing}
+    store["runs"][others[0]]["perplexity"] = made_up | {"flexbcq": 110.0}
+    (tmp_path / "results.json").write_text(json.dumps(store))
+    assert call(results.main, *small, "--jobs", 2).code == 0
+    page, runs = (tmp_path / "RESULTS.md").read_text(), json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert "All runs were made" in page
+    assert "original has 1234.50, rtn 12.00" in page and "| `--seed 1` | 110.00 | +10.0% |" in page
+    rtn = runs[missing[0]]["perplexity"]["rtn"]
+    table = next(line for line in page.splitlines() if line.startswith("| 3 bits, a row | 3."))
+    assert f"| {rtn:,.1f} |" in table and table in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_fails_is_named_with_its_reason(small, tmp_path):
+    (tmp_path / "wiki.valid.tokens").write_text("short")
+    result = call(results.main, *small)
+    assert result.code == 2 and "calibrate.py --model" in result.err
+    assert "tokens are less than one window of 64" in result.err.strip().splitlines()[-1]
+
+
+def test_missing_texts_are_named(toy, tmp_path):
+    result = call(results.main, "--model", toy, "--data", tmp_path)
+    assert result.code == 2 and "no folder with wiki.valid.tokens and wiki.test.raw" in result.err
