@@ -162,13 +162,15 @@ def prepare(args: argparse.Namespace) -> tuple[Checkpoint, Training]:
     if not os.access(args.out.parent, os.W_OK | os.X_OK):
         raise OSError(f"--out {args.out}: {args.out.parent} is no folder that can be written to; create it first")
     args.seq_len = resolve_seq_len(args.seq_len, checkpoint)
-    args.eval_seq_len = resolve_seq_len(args.eval_seq_len or args.seq_len, checkpoint, "--eval-seq-len")
+    if args.eval_seq_len is None:
+        args.eval_seq_len = args.seq_len
+    resolve_seq_len(args.eval_seq_len, checkpoint, "--eval-seq-len")
     if args.epochs is None:
         args.epochs = QUICK_EPOCHS if checkpoint.folder.resolve() == TINY else Training.epochs
     if args.batch_size is None:
         args.batch_size = parallel.world() * Training.batch_size
-    for name in ("samples", "epochs", "batch_size", "eval_windows", *SWITCHES, "seed"):
-        low, high, *_ = SWITCHES.get(name, (1, math.inf)) if name != "seed" else (0, 2**32 - 1)
+    counts = dict.fromkeys(("samples", "epochs", "batch_size", "eval_windows"), (1, math.inf, ""))
+    for name, (low, high, _) in (counts | {"seed": (0, 2**32 - 1, "")} | SWITCHES).items():
         if not low <= getattr(args, name) <= high:
             wanted = f"choose {low} to {high}" if high < math.inf else f"must be at least {low}"
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: {wanted}")

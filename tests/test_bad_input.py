@@ -153,6 +153,7 @@ OPTIONS = {  # of calibrate.py
     "negative rate": (["--mapping-rate", "-1"], "--mapping-rate -1.0: choose 0 to 1"),
     "tau that is no number": (["--tau", "nan"], "--tau nan: choose 0 to 1000000000.0"),
     "long windows": (["--eval-seq-len", "99"], "--eval-seq-len 99: choose 2 to 64, the context of this model"),
+    "empty windows": (["--eval-seq-len", "0"], "--eval-seq-len 0: choose 2 to 64, the context of this model"),
     "no windows": (["--eval-windows", "0"], "--eval-windows 0: must be at least 1"),
     "endless seed": (["--seed", "9" * 30], "choose 0 to 4294967295"),
     "device": (["--device", "abacus"], "--device abacus: not usable"),

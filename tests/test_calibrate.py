@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from helpers import call, perplexity_by_transformers
 
 from calibrate import load_texts, main
@@ -45,6 +46,14 @@ def test_in_memory_packed_and_dequantized_models_have_one_perplexity(packed, win
         losses = [torch.nn.functional.cross_entropy(model(w[None])[0, :-1], w[1:]) for w in windows]
     assert streamed == pytest.approx(torch.stack(losses).mean().exp().item(), rel=1e-5)
     assert streamed == pytest.approx(perplexity_by_transformers(packed["dequantized"], windows), rel=1e-3)
+
+
+def test_dequantized_folder_opens_in_transformers_and_generates_the_same(packed):
+    folder = packed["dequantized"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer("def f(x):", return_tensors="pt")
+    theirs = model.generate(**prompt, max_new_tokens=20, min_new_tokens=20, do_sample=False)
+    assert torch.equal(theirs, Checkpoint(folder).model().generate(prompt.input_ids, 20))
 
 
 @pytest.mark.parametrize("method", METHODS)
