@@ -29,7 +29,7 @@ from llama import Block, Checkpoint, linears
 
 @dataclass
 class Training:
-    """How the quantizers of a block are trained; the defaults are the paper's."""
+    """How the quantizers of a block are made and trained: as in the paper, n_ratios and importance apart."""
 
     epochs: int = 20  # passes over the samples
     batch_size: int = 1  # sequences in a step, of all processes together
@@ -115,9 +115,7 @@ def input_squares(layers: dict[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
 
 
 @torch.inference_mode()
-def output_error(
-    block: Block, x: Tensor, rope: tuple[Tensor, Tensor], target: Tensor, replace: bool = False
-) -> float:
+def output_error(block: Block, x: Tensor, rope: tuple[Tensor, Tensor], target: Tensor, replace: bool = False) -> float:
     """Mean squared error of the block's output on x, over the samples of all processes. Shapes as in `forward`.
 
     replace: write the output over x"""

@@ -278,7 +278,7 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Quantize a Llama (a Hugging Face folder) and write it as a packed checkpoint folder.",
-        epilog="The defaults are the paper's setting; for the bundled model, one of three minutes.",
+        epilog="The defaults of training are the paper's; for the bundled model, one epoch instead of 20.",
     )
     add = parser.add_argument
     add("--model", default=TINY, help="checkpoint folder (default: the bundled models/tiny)")

@@ -215,7 +215,7 @@ class Quantize(torch.autograd.Function):
     Rounding has no useful derivative, so the map passes gradients straight through: dq/dv = 1, and dq/dalpha_i = b_i
     with the codes held fixed (Bengio et al. 2013). Where |v - q| > tau * min |alpha_i| the level is too far away for
     that to be true and nothing flows, neither to v nor to the levels (gradient filtering; with tau = 1, for uniform
-    levels, these are exactly the clipped weights). With u = v - zero_point = w / (scale * s_elem * s_row) and g = dL/dw^:
+    levels, these are exactly the clipped weights). With u = v - zero_point = w / (scale * s_elem * s_row), g = dL/dw^:
 
         g_v            = g * scale                                  where not filtered, else 0
         dL/dlog s_elem = -g_v * u

@@ -29,7 +29,7 @@ def read_questions(path: Path) -> list[list[str]]:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))
     except OSError as error:
-        raise OSError(f"{path}: cannot read the questions ({error.strerror}); is --mmlu the published folder?") from None
+        raise OSError(f"{path}: cannot read the questions ({error.strerror}); is it the published folder?") from None
     for number, row in enumerate(rows, 1):
         if len(row) != 6 or row[5] not in list(LETTERS):
             raise ValueError(f"{path}: question {number} is not question, A, B, C, D, letter")
@@ -40,7 +40,7 @@ def subjects(folder: Path) -> list[str]:
     """Their names, in order. Raises OSError if there are none."""
     found = sorted(path.name.removesuffix("_test.csv") for path in (folder / "test").glob("*_test.csv"))
     if not found:
-        raise OSError(f"{folder}: has no test/SUBJECT_test.csv; is --mmlu the published folder?")
+        raise OSError(f"{folder}: has no test/SUBJECT_test.csv; is it the published folder?")
     return found
 
 
@@ -82,8 +82,9 @@ def accuracy(
     model: Llama, tokenizer: Tokenizer, folder: Path, n_shots: int, seq_len: int, limit: int | None
 ) -> dict[str, tuple[int, int]]:
     """By subject how many questions were answered right, and of how many. limit: ask the first few of each only."""
-    questions = [(s, row) for s in subjects(folder) for row in read_questions(folder / "test" / f"{s}_test.csv")[:limit]]
-    shots = {s: read_questions(folder / "dev" / f"{s}_dev.csv")[:n_shots] for s in subjects(folder)}
+    names = subjects(folder)
+    questions = [(s, row) for s in names for row in read_questions(folder / "test" / f"{s}_test.csv")[:limit]]
+    shots = {s: read_questions(folder / "dev" / f"{s}_dev.csv")[:n_shots] for s in names}
     letters = [tokenizer.encode(f"Answer: {letter}").ids[-1] for letter in LETTERS]
     prompts = (fitting(tokenizer, subject, shots[subject], row, seq_len) for subject, row in questions)
     found = defaultdict(lambda: (0, 0))
@@ -97,7 +98,8 @@ def accuracy(
 
 def table(found: dict[str, tuple[int, int]]) -> str:
     """A line per subject, and the share of all questions answered right, which is the average of the original."""
-    lines = [f"{subject.replace('_', ' '):40}{right / asked:7.1%} of {asked}" for subject, (right, asked) in found.items()]
+    lines = [f"{name.replace('_', ' '):40}{right / asked:7.1%} of {asked}" for name, (right, asked) in found.items()]
     right, asked = map(sum, zip(*found.values()))
-    error = math.sqrt(right / asked * (1 - right / asked) / asked)
-    return "\n".join([*lines, f"accuracy {right / asked:.1%} +- {error:.1%} (standard error; {asked} questions; guessing: 25%)"])
+    share, error = right / asked, math.sqrt(right * (asked - right) / asked**3)
+    lines.append(f"accuracy {share:.1%} +- {error:.1%} (standard error; {asked} questions; guessing: 25%)")
+    return "\n".join(lines)

@@ -61,7 +61,13 @@ def ablations() -> dict[str, list[str]]:
         "initialization": ["--n-rounds 0", "--n-ratios 1", "--n-ratios 50", "--no-importance"],
         "training": ["--no-learn-shift", "--level-rate 0", "--level-rate 0.005", "--mapping-rate 0.0025"]
         + ["--mapping-rate 0.01", "--original-input 0"],
-        "calibration": ["--samples 16 --epochs 4", "--samples 128 --epochs 1", "--epochs 2", "--epochs 4", "--epochs 8"],
+        "calibration": [
+            "--samples 16 --epochs 4",
+            "--epochs 2",
+            "--samples 128 --epochs 1",
+            "--epochs 4",
+            "--epochs 8",
+        ],
     }
 
 
@@ -133,9 +139,10 @@ def measure_step(args: argparse.Namespace) -> dict[str, float]:
 
 def call(command: list, threads: int) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, env=environment, capture_output=True, text=True)
+    command = list(map(str, command))
+    done = subprocess.run([sys.executable, *command], cwd=HERE, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise OSError(f"{' '.join(map(str, command))}: {done.stderr.strip().splitlines()[-1]}")
+        raise OSError(f"{' '.join(command)}: {done.stderr.strip().splitlines()[-1]}")
     return done.stdout
 
 
@@ -159,7 +166,8 @@ def measure_all(store: dict, args: argparse.Namespace) -> None:
 
 def lines(*rows: tuple) -> str:
     """A markdown table; the first row is its head, the first column is text."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ("---",) + ("---:",) * (len(rows[0]) - 1), *rows[1:]))
+    line = ("---",) + ("---:",) * (len(rows[0]) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], line, *rows[1:]))
 
 
 def values(runs: dict, method: str, bits: int, group_size: int) -> list[float]:
@@ -256,7 +264,7 @@ def plots(runs: dict) -> None:
 
 def summary(runs: dict) -> str:
     original = runs[with_original()[0]]["perplexity"]["original"]
-    return f"{main_table(runs)}\n\nThe original, as a 4-bit GGUF file holds it and widened to bf16, has {original:.2f}.\n"
+    return f"{main_table(runs)}\n\nThe original, as a 4-bit GGUF file holds it, widened to bf16, has {original:.2f}.\n"
 
 
 def page(store: dict) -> str:
@@ -269,8 +277,9 @@ def page(store: dict) -> str:
 Written by `results.py`; every number below is from a run of `calibrate.py` with the options named here, kept in
 `docs/results.json`. {f"{missing} of {len(wanted())} runs are still to be made." if missing else "All runs were made."}
 
-SmolLM2-135M-Instruct (30 blocks, 106 million weights quantized) on WikiText-2: perplexity on the first {first["eval_windows"]}
-windows of 2,048 tokens of the test set. Calibration on the validation set, the same samples and steps for every method:
+SmolLM2-135M-Instruct (30 blocks, 106 million weights quantized) on WikiText-2: perplexity on the first
+{first["eval_windows"]} windows of 2,048 tokens of the test set. Calibration on the validation set, the same samples and
+steps for every method:
 
     python calibrate.py --model smollm2 --text wiki.valid.tokens --eval-text wiki.test.raw \\
         {SETTING} --method METHOD --bits BITS --group-size SIZE
@@ -289,7 +298,8 @@ What a run costs in processor time, with checks and evaluation:
 ## What each part of FlexBCQ contributes
 
 On the bundled model at 2 bits, one thing changed at a time: `python calibrate.py {ABLATED} SWITCH`, a minute each on a
-laptop. The original has {bundled["perplexity"]["original"]:.2f}, rtn {bundled["perplexity"]["rtn"]:.2f}.
+laptop. The original has {bundled["perplexity"]["original"]:.2f}, rtn {bundled["perplexity"]["rtn"]:.2f}. Differences like those
+between seeds, in the last two lines, say nothing.
 
 {ablation_table(runs)}
 
@@ -297,13 +307,14 @@ laptop. The original has {bundled["perplexity"]["original"]:.2f}, rtn {bundled["
 
 ## Where the time goes
 
-A training step of 512 tokens on block 0 at {name_of(*SEEDED)} takes {step["step"]:.0f} ms ({1000 / step["step"]:.1f} steps/s) on
-{step["machine"]}. Forward and backward of the original block alone take {step["original"]:.0f} ms, {step["original"] / step["step"]:.0%}
-of it; the rest is the quantizer and Adam.
+A training step of 512 tokens on block 0 at {name_of(*SEEDED)} takes {step["step"]:.0f} ms
+({1000 / step["step"]:.1f} steps/s) on {step["machine"]}. Forward and backward of the original block alone take
+{step["original"]:.0f} ms, {step["original"] / step["step"]:.0%} of it; the rest is the quantizer and Adam.
 
 ## What is learned
 
-A layer of 1,536 x 576 at 3 bits. Nothing but bit-planes, alpha and shift remains: k + 16 (k + 1) / group_size bits per weight.
+A layer of 1,536 x 576 at 3 bits. Nothing but bit-planes, alpha and shift remains: k + 16 (k + 1) / group_size bits per
+weight.
 
 {parameter_table()}
 """

@@ -50,7 +50,10 @@ def test_in_memory_packed_and_dequantized_models_have_one_perplexity(packed, win
 
 def test_dequantized_folder_opens_in_transformers_and_generates_the_same(packed):
     folder = packed["dequantized"]
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(folder),
+    )
     prompt = tokenizer("def f(x):", return_tensors="pt")
     theirs = model.generate(**prompt, max_new_tokens=20, min_new_tokens=20, do_sample=False)
     assert torch.equal(theirs, Checkpoint(folder).model().generate(prompt.input_ids, 20))
@@ -107,7 +110,10 @@ def test_initialization_weighs_columns_by_the_inputs_they_meet(option, toy, text
     """Block 0 as written by bcq, against what `FlexBCQLinear` makes of inputs computed here, layer by layer."""
     options = ["--model", toy, "--text", text, "--bits", 2, "--method", "bcq", *FEW_STEPS, *option]
     assert call(main, *options, "--out", tmp_path / "out").code == 0
-    checkpoint, settings = Checkpoint(toy), SimpleNamespace(text=text, eval_text=None, samples=8, seq_len=64, seed=0, **EVALUATION)
+    checkpoint, settings = (
+        Checkpoint(toy),
+        SimpleNamespace(text=text, eval_text=None, samples=8, seq_len=64, seed=0, **EVALUATION),
+    )
     block, x = checkpoint.block(0), checkpoint.embedding(torch.bfloat16)(load_texts(checkpoint, settings)[0]).float()
     reads = {"self_attn.q_proj": block.input_layernorm(x)}
     x = x + block.self_attn(reads["self_attn.q_proj"], *rope_tables(checkpoint.config, 64))

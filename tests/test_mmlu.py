@@ -75,7 +75,9 @@ def test_answers_are_those_of_transformers(n_shots, seq_len, data, model):
 
 def test_command_line_prints_a_line_per_subject_and_the_share_of_all(data, model):
     result = call(main, "--model", model, "--mmlu", data, "--shots", 2, "--limit", 10)
-    right = sum(right for right, _ in accuracy(Checkpoint(model).model(), load_tokenizer(model), data, 2, 512, 10).values())
+    right = sum(
+        right for right, _ in accuracy(Checkpoint(model).model(), load_tokenizer(model), data, 2, 512, 10).values()
+    )
     *lines, last = result.out.splitlines()
     assert [line.split("%")[1] for line in lines] == [" of 10"] * 2 and lines[1].startswith("short words")
     assert last.startswith(f"accuracy {right / 20:.1%} +- ") and "20 questions" in last

@@ -17,7 +17,7 @@ def test_the_page_is_what_the_records_say():
 
 @pytest.fixture
 def small(toy, text, tmp_path, monkeypatch):
-    """Command line options for a toy in place of both models, one cell and two ablations; all is written to tmp_path."""
+    """Command line options for a toy in place of both models, one cell and two ablations; writes to tmp_path."""
     shutil.copy(text, tmp_path / "wiki.valid.tokens")
     shutil.copy(text, tmp_path / "wiki.test.raw")
     short = "--samples 4 --seq-len 64 --epochs 1 --eval-seq-len 32 --eval-windows 2"
@@ -37,10 +37,16 @@ def test_what_is_missing_is_measured_and_the_rest_is_kept(small, tmp_path):
     assert len(wanted) == 3 + 2 + 4 + 2 * 3
     assert call(results.main, *small, "--runs", 1).code == 2  # too little for a page
     store = json.loads((tmp_path / "results.json").read_text())
-    assert list(store["runs"]) == [first] and store["runs"][first]["perplexity"].keys() == {"original", "rtn", "flexbcq"}
+    assert list(store["runs"]) == [first] and store["runs"][first]["perplexity"].keys() == {
+        "original",
+        "rtn",
+        "flexbcq",
+    }
     made_up = {"original": 1234.5, "rtn": 12.0, "bcq": 13.0, "flexround": 14.0, "flexbcq": 100.0}
     missing = [results.options(method, 3, -1) for method in ("rtn", "bcq")]
-    store["runs"] |= {chosen: store["runs"][first] | {"perplexity": made_up} for chosen in wanted if chosen not in missing}
+    store["runs"] |= {
+        chosen: store["runs"][first] | {"perplexity": made_up} for chosen in wanted if chosen not in missing
+    }
     store["runs"][others[0]]["perplexity"] = made_up | {"flexbcq": 110.0}
     (tmp_path / "results.json").write_text(json.dumps(store))
     assert call(results.main, *small, "--jobs", 2).code == 0
