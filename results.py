@@ -251,11 +251,13 @@ def plots(runs: dict) -> None:
         axes.set(xlabel={"period": "period p, steps", "tau": "no gradient beyond tau * min |alpha|"}[switch])
         axes.set(ylabel="perplexity", title="bundled model, 2 bits, a row")
         axes.legend()
+    panels[0].sharey(panels[1])
     for bits, color in zip((2, 3, 4), ("#0072B2", "#D55E00", "#009E73")):
         if run := runs.get(options("flexbcq", bits, -1)):
-            shares = [(d, s) for d, s in enumerate(run["moves"]) if s]
-            panels[2].semilogy(*zip(*shares), "o-", color=color, label=f"{bits} bits, a row")
-    panels[2].set(xlabel="levels a weight moved in training", ylabel="share of the weights", title="moves of the codes")
+            shares = [(distance + 0.25 * (bits - 3), share) for distance, share in enumerate(run["moves"]) if share]
+            panels[2].bar(*zip(*shares), width=0.22, color=color, label=f"SmolLM2, {bits} bits, a row")
+    panels[2].set(xlabel="levels that a weight moved in training", ylabel="share of the weights", yscale="log")
+    panels[2].set(title="moves of the codes")
     panels[2].xaxis.get_major_locator().set_params(integer=True)
     panels[2].legend()
     with whole_file(PLOT) as temporary:
