@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -61,13 +61,7 @@ def ablations() -> dict[str, list[str]]:
         "initialization": ["--n-rounds 0", "--n-ratios 1", "--n-ratios 50", "--no-importance"],
         "training": ["--no-learn-shift", "--level-rate 0", "--level-rate 0.005", "--mapping-rate 0.0025"]
         + ["--mapping-rate 0.01", "--original-input 0"],
-        "calibration": [
-            "--samples 16 --epochs 4",
-            "--epochs 2",
-            "--samples 128 --epochs 1",
-            "--epochs 4",
-            "--epochs 8",
-        ],
+        "calibration": ["--samples 16 --epochs 4", "--samples 128", "--epochs 2", "--epochs 4", "--epochs 8"],
     }
 
 
@@ -152,13 +146,14 @@ def measure_all(store: dict, args: argparse.Namespace) -> None:
         store["step"] = measure_step(args)
     missing = [chosen for chosen in wanted(bool(args.model)) if chosen not in store["runs"]][: args.runs]
 
-    def one(chosen: str) -> None:
-        store["runs"][chosen] = measure(chosen, args)
-        write_json(STORE, store)
-        bar.update()
-
-    with tqdm(total=len(missing), unit="run") as bar, ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(one, missing))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        futures = {pool.submit(measure, chosen, args): chosen for chosen in missing}
+        try:
+            for future in tqdm(as_completed(futures), total=len(missing), unit="run"):
+                store["runs"][futures[future]] = future.result()
+                write_json(STORE, store)
+        finally:  # after an error, begin no other
+            pool.shutdown(cancel_futures=True)
 
 
 # ---------------------------------------------------------------------------------------------------- the page
@@ -227,8 +222,7 @@ def parameter_table() -> str:
     fate = {"alpha": "3 in fp16", "shift": "1 in fp16", "log_scale": "in alpha, shift", "log_s_row": "in alpha, shift"}
     for name, _ in layers[0].named_parameters():
         learned = [getattr(layer, name).numel() / layer.w.numel() for layer in layers]
-        rate = "level_rate" if name in ("alpha", "shift") else "mapping_rate"
-        rate = getattr(Training, rate)
+        rate = Training.level_rate if name in ("alpha", "shift") else Training.mapping_rate
         rows.append((name, *(f"{n:.4f}" for n in learned), f"{rate:g}", fate.get(name, "in the codes")))
     return lines(*rows)
 
@@ -243,7 +237,7 @@ def plots(runs: dict) -> None:
         for chosen, run in runs.items():
             if chosen.startswith(ablation(f"--{switch} ")):
                 found[float(chosen.split()[-1])] = run["perplexity"]["flexbcq"]
-        points = sorted((min(x, 16), y) for x, y in found.items())
+        points = sorted((min(x, 16), y) for x, y in found.items())  # no filtering, 1e9, stands at 16
         axes.plot(*zip(*points), "o-", color="#0072B2")
         axes.plot(getattr(Training, switch), default, "o", color="#D55E00", label="default")
         axes.set_xscale("log", base=2)

@@ -54,7 +54,7 @@ def test_what_is_missing_is_measured_and_the_rest_is_kept(small, tmp_path):
     assert "All runs were made" in page
     assert "original has 1234.50, rtn 12.00" in page and "| `--seed 1` | 110.00 | +10.0% |" in page
     rtn = runs[missing[0]]["perplexity"]["rtn"]
-    table = next(line for line in page.splitlines() if line.startswith("| 3 bits, a row | 3."))
+    table = next(line for line in page.splitlines() if line.startswith("| 3 bits, a row |"))
     assert f"| {rtn:,.1f} |" in table and table in (tmp_path / "README.md").read_text()
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
 
@@ -62,7 +62,7 @@ def test_what_is_missing_is_measured_and_the_rest_is_kept(small, tmp_path):
 def test_a_run_that_fails_is_named_with_its_reason(small, tmp_path):
     (tmp_path / "wiki.valid.tokens").write_text("short")
     result = call(results.main, *small)
-    assert result.code == 2 and "calibrate.py --model" in result.err
+    assert result.code == 2 and "calibrate.py --device" in result.err
     assert "tokens are less than one window of 64" in result.err.strip().splitlines()[-1]
 
 
