@@ -189,8 +189,8 @@ def main_table(runs: dict) -> str:
         found = {method: values(runs, method, *cell) for method in METHODS}
         measured = {method: statistics.mean(v) for method, v in found.items() if v}
         if measured:
-            best = min(measured, key=measured.get)
-            stored = runs[options(best, *cell)]["bits_per_weight"]
+            best = min(measured, key=measured.get) if len(measured) == len(METHODS) else None
+            stored = runs[options(next(iter(measured)), *cell)]["bits_per_weight"]
             rows.append((name_of(*cell), f"{stored:.2f}", *(shown(found[m], m == best) for m in METHODS)))
     return lines(*rows)
 
@@ -200,7 +200,8 @@ def cost_table(runs: dict) -> str:
     for cell in sorted(CELLS, reverse=True):
         cells = [runs.get(options(method, *cell)) for method in METHODS]
         cost = [f"{run['cpu_seconds'] / 60:.1f} ({run['peak_bytes'] / 1e9:.1f} GB)" if run else "" for run in cells]
-        rows.append((name_of(*cell), *cost))
+        if any(cost):
+            rows.append((name_of(*cell), *cost))
     return lines(*rows)
 
 
@@ -293,9 +294,9 @@ What a run costs in processor time, with checks and evaluation:
 
 ## What each part of FlexBCQ contributes
 
-On the bundled model at 2 bits, one thing changed at a time: `python calibrate.py {ABLATED} SWITCH`, a minute each on a
-laptop. The original has {bundled["perplexity"]["original"]:.2f}, rtn {bundled["perplexity"]["rtn"]:.2f}. Differences like those
-between seeds, in the last two lines, say nothing.
+On the bundled model, one thing changed at a time: `python calibrate.py {ABLATED} SWITCH`, a minute each on a
+laptop. The original has {bundled["perplexity"]["original"]:.2f}, rtn {bundled["perplexity"]["rtn"]:.2f}. Differences
+like those between seeds, in the last two lines, say nothing.
 
 {ablation_table(runs)}
 
