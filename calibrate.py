@@ -263,7 +263,7 @@ def run(args: argparse.Namespace) -> None:
             found[args.method] = perplexity(Checkpoint(folder), windows, args.device, label=args.method)  # of the files
             report |= {"text": eval_name, "eval_seq_len": args.eval_seq_len, "eval_windows": len(windows)}
             report |= {"bits_per_weight": bits, "seconds": time.time() - start, "peak_bytes": peak_bytes()}
-            report |= {"cpu_seconds": time.process_time(), "versions": versions}
+            report |= {"cpu_seconds": time.process_time(), "versions": versions}  # without those of killed processes
             write_json(folder / REPORT, report)
             with whole_file(folder / "calibration.png") as temporary:
                 plot(report["blocks"], f"{args.method}, {args.bits} bits", temporary)

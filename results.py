@@ -33,7 +33,7 @@ from llama import Checkpoint, rope_tables, whole_file, write_json
 
 HERE = Path(__file__).parent
 STORE, PLOT, PAGE = HERE / "docs" / "results.json", HERE / "docs" / "ablation.png", HERE / "RESULTS.md"
-README, MARKS = HERE / "README.md", ("<!-- table -->\n\n", "\n<!-- end of table -->\n")  # the main table stands there too
+README, MARKS = HERE / "README.md", ("<!-- table -->\n\n", "\n<!-- end of table -->\n")  # of the main table
 SETTING = "--samples 24 --seq-len 512 --epochs 2 --eval-seq-len 2048 --eval-windows 8"
 CELLS = [(bits, group_size) for bits in (3, 2, 4) for group_size in (64, -1)]
 SEEDED = (3, 64)  # the cell with three seeds
@@ -144,6 +144,7 @@ def measure_all(store: dict, args: argparse.Namespace) -> None:
     """Fill the store with what it lacks, `args.jobs` runs side by side."""
     if args.model and "step" not in store:
         store["step"] = measure_step(args)
+        write_json(STORE, store)
     missing = [chosen for chosen in wanted(bool(args.model)) if chosen not in store["runs"]][: args.runs]
 
     with ThreadPoolExecutor(args.jobs) as pool:

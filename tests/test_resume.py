@@ -29,7 +29,7 @@ def contents(folder):
     """{name: bytes} of all files, without the times in the report."""
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     report = json.loads(files.pop(REPORT))
-    del report["seconds"]
+    del report["seconds"], report["cpu_seconds"], report["peak_bytes"]
     for block in report["blocks"]:
         del block["seconds"], block["initializing"], block["training"]
     return files | report
