@@ -162,7 +162,8 @@ def answer_questions(checkpoint: Checkpoint, tokenizer: Tokenizer, args, seq_len
             linear = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
             linear.weight = nn.Parameter(packed.dequantize(), requires_grad=False)
             model.set_submodule(name, linear)
-    return mmlu.table(mmlu.accuracy(model, tokenizer, Path(args.mmlu), args.shots, seq_len, args.limit))
+    found = mmlu.accuracy(checkpoint, model, tokenizer, Path(args.mmlu), args.shots, seq_len, args.limit)
+    return mmlu.table(found)
 
 
 def check_device(name: str) -> torch.device:

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from llama import KVCache, Llama
+from llama import Checkpoint, KVCache, Llama
 
 LETTERS = "ABCD"
 
@@ -30,6 +30,8 @@ def read_questions(path: Path) -> list[list[str]]:
             rows = list(csv.reader(file))
     except OSError as error:
         raise OSError(f"{path}: cannot read the questions ({error.strerror}); is it the published folder?") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; convert it, for example with iconv") from None
     for number, row in enumerate(rows, 1):
         if len(row) != 6 or row[5] not in list(LETTERS):
             raise ValueError(f"{path}: question {number} is not question, A, B, C, D, letter")
@@ -79,14 +81,16 @@ def last_logits(model: Llama, prompts: Iterable[Tensor], seq_len: int) -> Iterat
 
 
 def accuracy(
-    model: Llama, tokenizer: Tokenizer, folder: Path, n_shots: int, seq_len: int, limit: int | None
-) -> dict[str, tuple[int, int]]:
-    """By subject how many questions were answered right, and of how many. limit: ask the first few of each only."""
+    checkpoint: Checkpoint, model: Llama, tokenizer: Tokenizer, folder: Path, n_shots: int, seq_len: int,
+    limit: int | None = None,
+) -> dict[str, tuple[int, int]]:  # fmt: skip
+    """By subject how many questions were answered right, and of how many. model: of the checkpoint; limit: ask the
+    first few of each only. Raises OSError or ValueError for bad files or a tokenizer of another model."""
     names = subjects(folder)
     questions = [(s, row) for s in names for row in read_questions(folder / "test" / f"{s}_test.csv")[:limit]]
     shots = {s: read_questions(folder / "dev" / f"{s}_dev.csv")[:n_shots] for s in names}
     letters = [tokenizer.encode(f"Answer: {letter}").ids[-1] for letter in LETTERS]
-    prompts = (fitting(tokenizer, subject, shots[subject], row, seq_len) for subject, row in questions)
+    prompts = (checkpoint.check_ids(fitting(tokenizer, s, shots[s], row, seq_len)) for s, row in questions)
     found = defaultdict(lambda: (0, 0))
     bar = tqdm(zip(questions, last_logits(model, prompts, seq_len)), total=len(questions), unit="question", leave=False)
     for (subject, row), logits in bar:

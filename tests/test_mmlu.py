@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from helpers import call
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import calibrate
@@ -67,17 +68,18 @@ def test_answers_are_those_of_transformers(n_shots, seq_len, data, model):
             prompts.append(torch.tensor(ids))
             logits.append(oracle(prompts[-1][None]).logits[0, -1])
             right[subject] += "ABCD"[logits[-1][letters].argmax()] == row[5]
-    ours = Checkpoint(model).model()
+    checkpoint = Checkpoint(model)
+    ours = checkpoint.model()
     torch.testing.assert_close(torch.stack(list(last_logits(ours, prompts, seq_len))), torch.stack(logits))
     expected = {subject: (right[subject], len(rows(data, "test", subject))) for subject in right}
-    assert accuracy(ours, tokenizer, data, n_shots, seq_len, None) == expected
+    assert accuracy(checkpoint, ours, tokenizer, data, n_shots, seq_len) == expected
 
 
 def test_command_line_prints_a_line_per_subject_and_the_share_of_all(data, model):
     result = call(main, "--model", model, "--mmlu", data, "--shots", 2, "--limit", 10)
-    right = sum(
-        right for right, _ in accuracy(Checkpoint(model).model(), load_tokenizer(model), data, 2, 512, 10).values()
-    )
+    checkpoint = Checkpoint(model)
+    found = accuracy(checkpoint, checkpoint.model(), load_tokenizer(model), data, 2, 512, 10)
+    right = sum(right for right, _ in found.values())
     *lines, last = result.out.splitlines()
     assert [line.split("%")[1] for line in lines] == [" of 10"] * 2 and lines[1].startswith("short words")
     assert last.startswith(f"accuracy {right / 20:.1%} +- ") and "20 questions" in last
@@ -88,7 +90,7 @@ def test_packed_model_answers_like_its_planes(data, model, text, tmp_path):
     options = ["--text", text, "--method", "rtn", "--bits", 3, "--group-size", 32, "--samples", 2, "--no-baselines"]
     assert call(calibrate.main, "--model", model, "--out", tmp_path / "packed", *options).code == 0
     checkpoint = Checkpoint(tmp_path / "packed")
-    expected = table(accuracy(checkpoint.model(), load_tokenizer(model), data, 5, 512, 20))
+    expected = table(accuracy(checkpoint, checkpoint.model(), load_tokenizer(model), data, 5, 512, 20))
     assert call(main, "--model", tmp_path / "packed", "--mmlu", data, "--limit", 20).out == expected + "\n"
 
 
@@ -121,3 +123,23 @@ def test_a_missing_file_is_named(data, model, tmp_path):
     (folder / "dev" / "code_dev.csv").unlink()
     result = call(main, "--model", model, "--mmlu", folder)
     assert result.code == 2 and "code_dev.csv: cannot read the questions" in result.err
+
+
+def test_a_file_in_another_encoding_is_named(data, model, tmp_path):
+    folder = shutil.copytree(data, tmp_path / "data")
+    (folder / "dev" / "code_dev.csv").write_bytes("Säge,1,2,3,4,A\n".encode("latin-1"))
+    result = call(main, "--model", model, "--mmlu", folder)
+    assert result.code == 2 and "code_dev.csv: not UTF-8 at byte 1" in result.err
+
+
+def test_a_tokenizer_of_another_model_is_refused(data, model, tmp_path):
+    """With a vocabulary of 100 the embedding lacks the tokens that the tokenizer gives."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    tensors = load_file(folder / "model.safetensors")
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & tensors.keys():
+        tensors[name] = tensors[name][:100].clone()
+    save_file(tensors, folder / "model.safetensors")
+    result = call(main, "--model", folder, "--mmlu", data)
+    assert result.code == 2 and "they belong to different models" in result.err
