@@ -10,6 +10,7 @@ as it is there and made only once, so this can be stopped and started again.
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
@@ -34,24 +35,29 @@ from llama import Checkpoint, rope_tables, whole_file, write_json
 HERE = Path(__file__).parent
 STORE, PLOT, PAGE = HERE / "docs" / "results.json", HERE / "docs" / "ablation.png", HERE / "RESULTS.md"
 README, MARKS = HERE / "README.md", ("<!-- table -->\n\n", "\n<!-- end of table -->\n")  # of the main table
-SETTING = "--samples 24 --seq-len 512 --epochs 2 --eval-seq-len 2048 --eval-windows 8"
+SAMPLES, EPOCHS = 24, 2  # so many steps a block are their product
+SETTING = f"--samples {SAMPLES} --seq-len 512 --epochs {EPOCHS} --eval-seq-len 2048"  # of SmolLM2
+FEW, WHOLE = "--eval-windows 8 ", ""  # of the test set
 CELLS = [(bits, group_size) for bits in (3, 2, 4) for group_size in (64, -1)]
-SEEDED = (3, 64)  # the cell with three seeds
+SEEDED = (3, 64)  # the cell with three seeds, and with the whole test set
 SEEDS = ["--seed 1", "--seed 2"]  # besides 0
-ABLATED = "--bits 2 --samples 64"  # of the bundled model, which takes a minute a run
+ABLATED = "--samples 64"  # of the bundled model, which takes a minute a run
+ABLATED_BITS = (2, 3)
 
 
-def options(method: str, bits: int, group_size: int, *more: str) -> str:
-    return " ".join([f"--method {method} --bits {bits} --group-size {group_size}", *more])
+def options(method: str, bits: int, group_size: int, windows: str = FEW, seed: str = "") -> str:
+    """Of a run on SmolLM2."""
+    return f"{SETTING} {windows}--method {method} --bits {bits} --group-size {group_size} {seed}".strip()
 
 
-def ablation(switch: str = "") -> str:
-    return f"{ABLATED} {switch}".strip()
+def ablation(bits: int, switch: str = "") -> str:
+    """Options of a run on the bundled model."""
+    return f"{ABLATED} --bits {bits} {switch}".strip()
 
 
-def with_original() -> tuple[str, str]:
-    """The runs that measure the original too, of SmolLM2 and of the bundled model."""
-    return options("rtn", *SEEDED), ablation()
+def with_original() -> list[str]:
+    """The runs that measure the original and rtn too."""
+    return [options("rtn", *SEEDED), options("rtn", *SEEDED, WHOLE), *map(ablation, ABLATED_BITS)]
 
 
 def ablations() -> dict[str, list[str]]:
@@ -68,11 +74,12 @@ def ablations() -> dict[str, list[str]]:
 
 def wanted(with_model: bool = True) -> list[str]:
     """The options of every run; without SmolLM2, of those on the bundled model."""
-    bundled = [ablation(), *map(ablation, SEEDS)]
-    bundled += [ablation(switch) for group in ablations().values() for switch in group]
+    switches = ["", *SEEDS, *(switch for group in ablations().values() for switch in group)]
+    bundled = [ablation(bits, switch) for bits in ABLATED_BITS for switch in switches]
     table = [options(method, *cell) for cell in CELLS for method in METHODS]
-    seeds = [options(method, *SEEDED, seed) for seed in SEEDS for method in METHODS if method != "rtn"]
-    return bundled + (table + seeds) * with_model
+    seeds = [options(method, *SEEDED, FEW, seed) for seed in SEEDS for method in METHODS if method != "rtn"]
+    whole = [options(method, *SEEDED, WHOLE) for method in METHODS]
+    return bundled + (table + seeds + whole) * with_model
 
 
 # ---------------------------------------------------------------------------------------------------- measuring
@@ -94,16 +101,15 @@ def measure(chosen: str, args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         baselines = "--baselines" if chosen in with_original() else "--no-baselines"
-        given = [] if chosen.startswith(ABLATED) else ["--model", args.model, *texts, *SETTING.split()]
+        given = ["--model", args.model, *texts] if chosen.startswith(SETTING) else []
         call(["calibrate.py", "--device", args.device, *given, *chosen.split(), baselines, "--out", out], threads)
         report = json.loads((out / "calibration.json").read_text())
         blocks = report.pop("blocks")
-        kept = ("perplexity", "bits_per_weight", "seconds", "cpu_seconds", "peak_bytes", "eval_windows")
+        kept = ("perplexity", "bits_per_weight", "seconds", "cpu_seconds", "peak_bytes", "eval_windows", "versions")
         record = {key: report[key] for key in kept}
-        record |= {key: sum(block[key] for block in blocks) for key in ("initializing", "training")}
         if "moves" in blocks[0]:
             record["moves"] = [statistics.mean(shares) for shares in zip(*(block["moves"] for block in blocks))]
-    return record | {"machine": machine(args.device, threads), "versions": report["versions"]}
+    return record | {"machine": machine(args.device, threads)}
 
 
 def measure_step(args: argparse.Namespace) -> dict[str, float]:
@@ -167,9 +173,9 @@ def lines(*rows: tuple) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], line, *rows[1:]))
 
 
-def values(runs: dict, method: str, bits: int, group_size: int) -> list[float]:
+def values(runs: dict, method: str, cell: tuple[int, int], windows: str) -> list[float]:
     """Perplexities of a cell of the table, a value per seed."""
-    chosen = [options(method, bits, group_size), *(options(method, bits, group_size, seed) for seed in SEEDS)]
+    chosen = [options(method, *cell, windows, seed) for seed in ("", *SEEDS)]
     return [runs[c]["perplexity"][method] for c in chosen if c in runs]
 
 
@@ -187,13 +193,14 @@ def name_of(bits: int, group_size: int) -> str:
 
 def main_table(runs: dict) -> str:
     rows = [("perplexity", "bits per weight", *METHODS)]
-    for cell in sorted(CELLS, reverse=True):
-        found = {method: values(runs, method, *cell) for method in METHODS}
+    for cell, windows in [*((cell, FEW) for cell in sorted(CELLS, reverse=True)), (SEEDED, WHOLE)]:
+        found = {method: values(runs, method, cell, windows) for method in METHODS}
         measured = {method: statistics.mean(v) for method, v in found.items() if v}
         if measured:
             best = min(measured, key=measured.get) if len(measured) == len(METHODS) else None
-            stored = runs[options(next(iter(measured)), *cell)]["bits_per_weight"]
-            rows.append((name_of(*cell), f"{stored:.2f}", *(shown(found[m], m == best) for m in METHODS)))
+            stored = runs[options(next(iter(measured)), *cell, windows)]["bits_per_weight"]
+            name = name_of(*cell) + (", whole test set" if windows == WHOLE else "")
+            rows.append((name, f"{stored:.2f}", *(shown(found[m], m == best) for m in METHODS)))
     return lines(*rows)
 
 
@@ -207,14 +214,21 @@ def cost_table(runs: dict) -> str:
     return lines(*rows)
 
 
+def ablated(runs: dict, bits: int, switch: str = "") -> tuple[float, float]:
+    """Perplexity on the bundled model, and how much it is above the default's; NaN where a run is missing."""
+    found = [
+        runs.get(ablation(bits, s), {"perplexity": {}})["perplexity"].get("flexbcq", math.nan) for s in (switch, "")
+    ]
+    return found[0], found[0] / found[1] - 1
+
+
 def ablation_table(runs: dict) -> str:
-    default = runs[ablation()]["perplexity"]["flexbcq"]
-    rows = [("", "switch", "perplexity", "against the default"), ("default", "", f"{default:.2f}", "")]
-    for question, switches in (ablations() | {"chance": SEEDS}).items():
+    rows = [("", "switch", *(f"{bits} bits" for bits in ABLATED_BITS))]
+    for question, switches in ({"default": [""]} | ablations() | {"chance": SEEDS}).items():
         for switch in switches:
-            if run := runs.get(ablation(switch)):
-                value = run["perplexity"]["flexbcq"]
-                rows.append((question, f"`{switch}`", f"{value:.2f}", f"{value / default - 1:+.1%}"))
+            found = [ablated(runs, bits, switch) for bits in ABLATED_BITS]
+            shares = ["" if math.isnan(value) else f"{value:.2f} ({share:+.1%})" for value, share in found]
+            rows.append((question, switch and f"`{switch}`", *shares))
     return lines(*rows)
 
 
@@ -232,24 +246,23 @@ def parameter_table() -> str:
 
 def plots(runs: dict) -> None:
     """Perplexity against period and tau, and how far codes moved."""
-    default = runs[ablation()]["perplexity"]["flexbcq"]
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     panels = figure.subplots(1, 3)
+    colors = {2: "#0072B2", 3: "#D55E00", 4: "#009E73"}
     for axes, switch in zip(panels, ("period", "tau")):
-        found = {float(getattr(Training, switch)): default}
-        for chosen, run in runs.items():
-            if chosen.startswith(ablation(f"--{switch} ")):
-                found[float(chosen.split()[-1])] = run["perplexity"]["flexbcq"]
-        points = sorted((min(x, 16), y) for x, y in found.items())  # no filtering, 1e9, stands at 16
-        axes.plot(*zip(*points), "o-", color="#0072B2")
-        axes.plot(getattr(Training, switch), default, "o", color="#D55E00", label="default")
+        given = [s.split()[1] for group in ablations().values() for s in group if s.startswith(f"--{switch} ")]
+        ticks = {float(x): f"--{switch} {x}" for x in given} | {float(getattr(Training, switch)): ""}
+        places = {x: min(x, 16) for x in sorted(ticks)}  # no filtering, 1e9, stands at 16
+        for bits in ABLATED_BITS:
+            y = [100 * ablated(runs, bits, ticks[x])[1] for x in places]
+            axes.plot(places.values(), y, "o-", color=colors[bits], label=f"{bits} bits")
         axes.set_xscale("log", base=2)
-        axes.set_xticks([x for x, _ in points], ["none" if x == 16 else f"{x:g}" for x, _ in points])
+        axes.set_xticks(list(places.values()), ["none" if x > 16 else f"{x:g}" for x in places])
         axes.set(xlabel={"period": "period p, steps", "tau": "no gradient beyond tau * min |alpha|"}[switch])
-        axes.set(ylabel="perplexity", title="bundled model, 2 bits, a row")
+        axes.set(ylabel="perplexity above the default's, %", title="bundled model, a row")
         axes.legend()
     panels[0].sharey(panels[1])
-    for bits, color in zip((2, 3, 4), ("#0072B2", "#D55E00", "#009E73")):
+    for bits, color in colors.items():
         if run := runs.get(options("flexbcq", bits, -1)):
             shares = [(distance + 0.25 * (bits - 3), share) for distance, share in enumerate(run["moves"]) if share]
             panels[2].bar(*zip(*shares), width=0.22, color=color, label=f"SmolLM2, {bits} bits, a row")
@@ -262,13 +275,14 @@ def plots(runs: dict) -> None:
 
 
 def summary(runs: dict) -> str:
-    original = runs[with_original()[0]]["perplexity"]["original"]
-    return f"{main_table(runs)}\n\nThe original, as a 4-bit GGUF file holds it, widened to bf16, has {original:.2f}.\n"
+    few, whole = (runs.get(chosen, {"perplexity": {}})["perplexity"].get("original") for chosen in with_original()[:2])
+    end = f" ({whole:.2f} on the whole test set)" if whole else ""
+    return f"{main_table(runs)}\n\nThe original, as a 4-bit GGUF file holds it, widened to bf16, has {few:.2f}{end}.\n"
 
 
 def page(store: dict) -> str:
     runs, step = store["runs"], store["step"]
-    first, bundled = (runs[chosen] for chosen in with_original())
+    first, bundled = runs[with_original()[0]], [runs[ablation(bits)] for bits in ABLATED_BITS]
     machines = sorted({run["machine"] for run in runs.values()})
     missing = len([chosen for chosen in wanted() if chosen not in runs])
     return f"""# Results
@@ -281,10 +295,11 @@ SmolLM2-135M-Instruct (30 blocks, 106 million weights quantized) on WikiText-2: 
 steps for every method:
 
     python calibrate.py --model smollm2 --text wiki.valid.tokens --eval-text wiki.test.raw \\
-        {SETTING} --method METHOD --bits BITS --group-size SIZE
+        {SETTING} {FEW}\\
+        --method METHOD --bits BITS --group-size SIZE
 
-That is {2 * 24} steps of one sequence of 512 tokens a block, 2 % of the paper's 2,560 on sequences a quarter as long: a
-comparison at equal cost, not the end of the road. Seed 0; where a range is given, the mean of seeds 0, 1, 2.
+That is {EPOCHS * SAMPLES} steps of one sequence of 512 tokens a block, 2 % of the paper's 2,560 on sequences a quarter
+as long: a comparison at equal cost, not the end of the road. Seed 0; where a range is given, the mean of seeds 0, 1, 2.
 Measured on {"; ".join(machines)}; torch {first["versions"]["torch"]}.
 
 ## The four methods
@@ -296,9 +311,10 @@ What a run costs in processor time, with checks and evaluation:
 
 ## What each part of FlexBCQ contributes
 
-On the bundled model, one thing changed at a time: `python calibrate.py {ABLATED} SWITCH`, a minute each on a
-laptop. The original has {bundled["perplexity"]["original"]:.2f}, rtn {bundled["perplexity"]["rtn"]:.2f}. Differences
-like those between seeds, in the last two lines, say nothing.
+On the bundled model, one thing changed at a time: `python calibrate.py {ABLATED} --bits BITS SWITCH`, a minute each on
+a laptop. Perplexity, and what it is above the default's. The original has {bundled[0]["perplexity"]["original"]:.2f};
+rtn has {" and ".join(f"{run['perplexity']['rtn']:.2f}" for run in bundled)}. Differences like those between
+seeds, in the last two lines, say nothing.
 
 {ablation_table(runs)}
 
@@ -336,7 +352,7 @@ def run(args: argparse.Namespace) -> None:
             raise OSError(f"--data {args.data}: no folder with wiki.valid.tokens and wiki.test.raw")
     check_device(args.device)
     measure_all(store, args)
-    if with_original()[0] not in store["runs"]:
+    if not store["runs"].keys() >= {with_original()[0], *map(ablation, ABLATED_BITS)}:
         raise OSError(f"{STORE}: holds no run on SmolLM2 yet; give --model and --data")
     write_page(store)
 

@@ -20,9 +20,9 @@ def small(toy, text, tmp_path, monkeypatch):
     """Command line options for a toy in place of both models, one cell and two ablations; writes to tmp_path."""
     shutil.copy(text, tmp_path / "wiki.valid.tokens")
     shutil.copy(text, tmp_path / "wiki.test.raw")
-    short = "--samples 4 --seq-len 64 --epochs 1 --eval-seq-len 32 --eval-windows 2"
+    short = "--samples 4 --seq-len 64 --epochs 1 --eval-seq-len 32"
     monkeypatch.setattr(results, "SETTING", short)
-    monkeypatch.setattr(results, "ABLATED", f"--model {toy} --text {tmp_path / 'wiki.valid.tokens'} --bits 2 {short}")
+    monkeypatch.setattr(results, "ABLATED", f"--model {toy} --text {tmp_path / 'wiki.valid.tokens'} {short}")
     monkeypatch.setattr(results, "CELLS", [(3, -1)])
     monkeypatch.setattr(results, "SEEDED", (3, -1))
     monkeypatch.setattr(results, "ablations", lambda: {"mapping": ["--period 1"], "filtering": ["--tau 1e9"]})
@@ -34,7 +34,7 @@ def small(toy, text, tmp_path, monkeypatch):
 
 def test_what_is_missing_is_measured_and_the_rest_is_kept(small, tmp_path):
     first, *others = wanted = results.wanted()
-    assert len(wanted) == 3 + 2 + 4 + 2 * 3
+    assert len(wanted) == 2 * (3 + 2) + 4 + 2 * 3 + 4
     assert call(results.main, *small, "--runs", 1).code == 2  # too little for a page
     store = json.loads((tmp_path / "results.json").read_text())
     assert list(store["runs"]) == [first] and store["runs"][first]["perplexity"].keys() == {
@@ -51,8 +51,8 @@ def test_what_is_missing_is_measured_and_the_rest_is_kept(small, tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(store))
     assert call(results.main, *small, "--jobs", 2).code == 0
     page, runs = (tmp_path / "RESULTS.md").read_text(), json.loads((tmp_path / "results.json").read_text())["runs"]
-    assert "All runs were made" in page
-    assert "original has 1234.50, rtn 12.00" in page and "| `--seed 1` | 110.00 | +10.0% |" in page
+    assert "All runs were made" in page and "original has 1234.50; rtn has 12.00 and 12.00" in " ".join(page.split())
+    assert "| `--seed 1` | 110.00 (+10.0%) | 100.00 (+0.0%) |" in page
     rtn = runs[missing[0]]["perplexity"]["rtn"]
     table = next(line for line in page.splitlines() if line.startswith("| 3 bits, a row |"))
     assert f"| {rtn:,.1f} |" in table and table in (tmp_path / "README.md").read_text()
