@@ -1,8 +1,8 @@
-#!/bin/sh
+#!/usr/bin/env bash
 # What needs a GPU, in ten minutes: are the kernels right, do they stay inside their memory, how fast are they, what does
-# calibration cost. From the root of the repository: sh tests/gpu.sh FOLDER. Without a GPU it does the same on the CPU.
-set -eu
-out=${1:?usage: sh tests/gpu.sh FOLDER}
+# calibration cost. From the root of the repository: bash tests/gpu.sh FOLDER. Without a GPU it does the same on the CPU.
+set -euo pipefail
+out=${1:?usage: bash tests/gpu.sh FOLDER}
 mkdir -p "$out"
 if command -v nvidia-smi > /dev/null; then nvidia-smi --query-gpu=name,driver_version --format=csv > "$out/card.csv"; fi
 
