@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What needs a GPU, in ten minutes: are the kernels right, do they stay inside their memory, how fast are they, what does
-# calibration cost. From the root of the repository: bash tests/gpu.sh FOLDER. Without a GPU it does the same on the CPU.
+# What there is to learn on a GPU, in one go: are the kernels right, do they stay inside their memory, how fast are they,
+# what does calibration cost. From the root of the repository: bash tests/gpu.sh FOLDER, which gets the answers.
 set -euo pipefail
 out=${1:?usage: bash tests/gpu.sh FOLDER}
 mkdir -p "$out"
