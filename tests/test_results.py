@@ -52,6 +52,7 @@ def test_what_is_missing_is_measured_and_the_rest_is_kept(small, tmp_path):
     assert call(results.main, *small, "--jobs", 2).code == 0
     page, runs = (tmp_path / "RESULTS.md").read_text(), json.loads((tmp_path / "results.json").read_text())["runs"]
     assert "All runs were made" in page and "original has 1234.50; rtn has 12.00 and 12.00" in " ".join(page.split())
+    assert "The lowest is flexbcq's in 0 of 2 full lines." in page  # 14 of flexround is below 100
     assert "| `--seed 1` | 110.00 (+10.0%) | 100.00 (+0.0%) |" in page
     rtn = runs[missing[0]]["perplexity"]["rtn"]
     table = next(line for line in page.splitlines() if line.startswith("| 3 bits, a row |"))
