@@ -275,9 +275,9 @@ def plots(runs: dict) -> None:
     for bits, color in colors.items():
         if run := runs.get(options("flexbcq", bits, -1)):
             shares = [(distance + 0.25 * (bits - 3), share) for distance, share in enumerate(run["moves"]) if share]
-            panels[2].bar(*zip(*shares), width=0.22, color=color, label=f"SmolLM2, {bits} bits, a row")
+            panels[2].bar(*zip(*shares), width=0.22, color=color, label=f"{bits} bits")
     panels[2].set(xlabel="levels that a weight moved in training", ylabel="share of the weights", yscale="log")
-    panels[2].set(title="moves of the codes")
+    panels[2].set(title="moves of the codes, SmolLM2, a row")
     panels[2].xaxis.get_major_locator().set_params(integer=True)
     panels[2].legend()
     with whole_file(PLOT) as temporary:
