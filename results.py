@@ -173,10 +173,15 @@ def lines(*rows: tuple) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], line, *rows[1:]))
 
 
+def perplexity(runs: dict, chosen: str, model: str) -> float | None:
+    """Of "original" or a method, in one run; None if it was not measured."""
+    return runs[chosen]["perplexity"].get(model) if chosen in runs else None
+
+
 def values(runs: dict, method: str, cell: tuple[int, int], windows: str) -> list[float]:
     """Perplexities of a cell of the table, a value per seed."""
-    chosen = [options(method, *cell, windows, seed) for seed in ("", *SEEDS)]
-    return [runs[c]["perplexity"][method] for c in chosen if c in runs]
+    found = [perplexity(runs, options(method, *cell, windows, seed), method) for seed in ("", *SEEDS)]
+    return [value for value in found if value is not None]
 
 
 def shown(found: list[float], best: bool) -> str:
@@ -226,9 +231,7 @@ def cost_table(runs: dict) -> str:
 
 def ablated(runs: dict, bits: int, switch: str = "") -> tuple[float, float]:
     """Perplexity on the bundled model, and how much it is above the default's; NaN where a run is missing."""
-    found = [
-        runs.get(ablation(bits, s), {"perplexity": {}})["perplexity"].get("flexbcq", math.nan) for s in (switch, "")
-    ]
+    found = [perplexity(runs, ablation(bits, s), "flexbcq") or math.nan for s in (switch, "")]
     return found[0], found[0] / found[1] - 1
 
 
@@ -285,14 +288,14 @@ def plots(runs: dict) -> None:
 
 
 def summary(runs: dict) -> str:
-    few, whole = (runs.get(chosen, {"perplexity": {}})["perplexity"].get("original") for chosen in with_original()[:2])
+    few, whole = (perplexity(runs, options("rtn", *SEEDED, windows), "original") for windows in (FEW, WHOLE))
     end = f" ({whole:.2f} on the whole test set)" if whole else ""
     return f"{main_table(runs)}\n\nThe original, as a 4-bit GGUF file holds it, widened to bf16, has {few:.2f}{end}.\n"
 
 
 def page(store: dict) -> str:
     runs, step = store["runs"], store["step"]
-    first, bundled = runs[with_original()[0]], [runs[ablation(bits)] for bits in ABLATED_BITS]
+    first, bundled = runs[options("rtn", *SEEDED)], [runs[ablation(bits)] for bits in ABLATED_BITS]
     machines = sorted({run["machine"] for run in runs.values()})
     missing = len([chosen for chosen in wanted() if chosen not in runs])
     return f"""# Results
@@ -362,8 +365,8 @@ def run(args: argparse.Namespace) -> None:
             raise OSError(f"--data {args.data}: no folder with wiki.valid.tokens and wiki.test.raw")
     check_device(args.device)
     measure_all(store, args)
-    if not store["runs"].keys() >= {with_original()[0], *map(ablation, ABLATED_BITS)}:
-        raise OSError(f"{STORE}: holds no run on SmolLM2 yet; give --model and --data")
+    if lacking := {options("rtn", *SEEDED), *map(ablation, ABLATED_BITS)} - store["runs"].keys():
+        raise OSError(f"{STORE}: too few runs for a page; make {min(lacking)} first (of SmolLM2: --model, --data)")
     write_page(store)
 
 

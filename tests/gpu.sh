@@ -22,7 +22,7 @@ done
 
 for bits in 3 2; do
     for method in bcq flexround flexbcq; do
-        python3 calibrate.py --method $method --bits $bits --epochs 20 --out "$out/tiny-$method-$bits" 2> /dev/null
+        python3 calibrate.py --method $method --bits $bits --epochs 20 --out "$out/tiny-$method-$bits" 2>> "$out/progress.txt"
         python3 eval.py --model "$out/tiny-$method-$bits" --prompt "def fibonacci(" | tail -1
     done
 done 2>&1 | tee "$out/calibration.txt"
