@@ -184,6 +184,13 @@ def prepare(args: argparse.Namespace) -> tuple[Checkpoint, Training]:
     return checkpoint, Training(**{field.name: getattr(args, field.name) for field in fields(Training)})
 
 
+def memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of it: the peak of this process so far, and what there is."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), torch.cuda.mem_get_info(device)[1]
+    return peak_bytes(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def check_space(checkpoint: Checkpoint, weights: int, bits: float, args: argparse.Namespace) -> None:
     """Print what will be needed on the host. Raises ValueError if there is less of it."""
     config, partial = checkpoint.config, args.out.with_name(args.out.name + ".partial")
@@ -194,11 +201,10 @@ def check_space(checkpoint: Checkpoint, weights: int, bits: float, args: argpars
     there = sum(file.stat().st_size for file in partial.glob("*"))  # of an earlier run, to be gone on with
     needs = {f"--out {args.out}": (stored - there, shutil.disk_usage(args.out.parent).free)}
     activations = 3 * 2 * args.samples * args.seq_len * config.hidden_size
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if args.offload:
         needs[f"--offload {args.offload}"] = activations, shutil.disk_usage(args.offload).free
     else:
-        needs[f"--samples {args.samples}, activations in memory"] = activations, memory
+        needs[f"--samples {args.samples}, activations in memory"] = activations, memory(torch.device("cpu"))[1]
     for name, (needed, free) in needs.items():
         print(f"{name}: {needed / 1e9:.3f} GB of {free / 1e9:.1f} GB")
         if needed > free:
@@ -224,9 +230,8 @@ def rehearse(checkpoint: Checkpoint, samples: Tensor, windows: Tensor, args, set
     per_sample = (record["seconds"] - record["initializing"] - record["training"]) / len(few)
     seconds = record["initializing"] + per_sample * args.samples
     seconds += record["training"] / (len(few) // args.batch_size) * steps
-    if args.device.type == "cuda":
-        peak, total = torch.cuda.max_memory_allocated(args.device), torch.cuda.mem_get_info(args.device)[1]
-        print(f"{args.device}: {peak / 1e9:.1f} GB of {total / 1e9:.1f} GB at the peak")
+    peak, total = memory(args.device)
+    print(f"{args.device}: {peak / 1e9:.1f} GB of {total / 1e9:.1f} GB at the peak")
     minutes = config.num_hidden_layers * seconds / 60
     print(f"{config.num_hidden_layers} blocks of {steps} steps: about {minutes:.0f} minutes, and the perplexities")
 

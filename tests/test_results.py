@@ -7,12 +7,13 @@ import pytest
 from helpers import call
 
 import results
+from docs import page
 
 
 def test_the_page_is_what_the_records_say():
-    store = json.loads(results.STORE.read_text("utf-8"))
-    assert results.PAGE.read_text("utf-8") == results.page(store)
-    assert results.summary(store["runs"]) in results.README.read_text("utf-8")
+    store = json.loads(page.STORE.read_text("utf-8"))
+    assert page.PAGE.read_text("utf-8") == page.markdown(store)
+    assert page.summary(store["runs"]) in page.README.read_text("utf-8")
 
 
 @pytest.fixture
@@ -21,19 +22,20 @@ def small(toy, text, tmp_path, monkeypatch):
     shutil.copy(text, tmp_path / "wiki.valid.tokens")
     shutil.copy(text, tmp_path / "wiki.test.raw")
     short = "--samples 4 --seq-len 64 --epochs 1 --eval-seq-len 32"
-    monkeypatch.setattr(results, "SETTING", short)
-    monkeypatch.setattr(results, "ABLATED", f"--model {toy} --text {tmp_path / 'wiki.valid.tokens'} {short}")
-    monkeypatch.setattr(results, "CELLS", [(3, -1)])
-    monkeypatch.setattr(results, "SEEDED", (3, -1))
-    monkeypatch.setattr(results, "ablations", lambda: {"mapping": ["--period 1"], "filtering": ["--tau 1e9"]})
-    shutil.copy(results.README, tmp_path)
+    monkeypatch.setattr(page, "SETTING", short)
+    monkeypatch.setattr(page, "ABLATED", f"--model {toy} --text {tmp_path / 'wiki.valid.tokens'} {short}")
+    monkeypatch.setattr(page, "CELLS", [(3, -1)])
+    monkeypatch.setattr(page, "MAIN", (3, -1))
+    monkeypatch.setattr(page, "SEEDED", [(3, -1)])
+    monkeypatch.setattr(page, "ablations", lambda: {"mapping": ["--period 1"], "filtering": ["--tau 1e9"]})
+    shutil.copy(page.README, tmp_path)
     for name in ("STORE", "PLOT", "PAGE", "README"):
-        monkeypatch.setattr(results, name, tmp_path / getattr(results, name).name)
+        monkeypatch.setattr(page, name, tmp_path / getattr(page, name).name)
     return ["--model", toy, "--data", tmp_path]
 
 
 def test_what_is_missing_is_measured_and_the_rest_is_kept(small, tmp_path):
-    first, *others = wanted = results.wanted()
+    first, *others = wanted = page.wanted()
     assert len(wanted) == 2 * (3 + 2) + 4 + 2 * 3 + 4
     assert call(results.main, *small, "--runs", 1).code == 2  # too little for a page
     store = json.loads((tmp_path / "results.json").read_text())
@@ -43,21 +45,33 @@ def test_what_is_missing_is_measured_and_the_rest_is_kept(small, tmp_path):
         "flexbcq",
     }
     made_up = {"original": 1234.5, "rtn": 12.0, "bcq": 13.0, "flexround": 14.0, "flexbcq": 100.0}
-    missing = [results.options(method, 3, -1) for method in ("rtn", "bcq")]
+    missing = [page.options(method, 3, -1) for method in ("rtn", "bcq")]
     store["runs"] |= {
         chosen: store["runs"][first] | {"perplexity": made_up} for chosen in wanted if chosen not in missing
     }
     store["runs"][others[0]]["perplexity"] = made_up | {"flexbcq": 110.0}
     (tmp_path / "results.json").write_text(json.dumps(store))
     assert call(results.main, *small, "--jobs", 2).code == 0
-    page, runs = (tmp_path / "RESULTS.md").read_text(), json.loads((tmp_path / "results.json").read_text())["runs"]
-    assert "All runs were made" in page and "original has 1234.50; rtn has 12.00 and 12.00" in " ".join(page.split())
-    assert "The lowest is flexbcq's in 0 of 2 full lines." in page  # 14 of flexround is below 100
-    assert "| `--seed 1` | 110.00 (+10.0%) | 100.00 (+0.0%) |" in page
+    text, runs = (tmp_path / "RESULTS.md").read_text(), json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert "All runs were made" in text and "original has 1234.50; rtn has 12.00 and 12.00" in " ".join(text.split())
+    assert "The lowest is flexbcq's in 0 of 2 full lines." in text  # 14 of flexround is below 100
+    assert "| `--seed 1` | 110.00 (+10.0%) | 100.00 (+0.0%) |" in text
     rtn = runs[missing[0]]["perplexity"]["rtn"]
-    table = next(line for line in page.splitlines() if line.startswith("| 3 bits, a row |"))
+    table = next(line for line in text.splitlines() if line.startswith("| 3 bits, a row |"))
     assert f"| {rtn:,.1f} |" in table and table in (tmp_path / "README.md").read_text()
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_narrowest_margin_is_counted_seed_by_seed(monkeypatch):
+    monkeypatch.setattr(page, "CELLS", [(3, 64)])
+    perplexities = {"rtn": [30], "bcq": [11, 11.5, 11], "flexround": [20, 20, 20], "flexbcq": [10, 12, 10]}
+    runs = {
+        page.options(method, 3, 64, page.FEW, seed): {"perplexity": {method: value}, "bits_per_weight": 4}
+        for method, found in perplexities.items()
+        for seed, value in zip(["", *page.SEEDS], found)
+    }
+    said = "The narrowest margin is 4.7%: 3 bits, groups of 64, flexbcq before bcq, for 2 of 3 seeds."
+    assert said in " ".join(page.main_table(runs).split())
 
 
 def test_a_run_that_fails_is_named_with_its_reason(small, tmp_path):

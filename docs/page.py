@@ -1,0 +1,261 @@
+"""RESULTS.md: which runs of calibrate.py it is made of, and how it is written from their records."""
+
+import math
+import re
+import statistics
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from blocks import Training
+from flexbcq import METHODS, FlexBCQLinear
+from llama import whole_file
+
+HERE = Path(__file__).parent.parent
+STORE, PLOT, PAGE = HERE / "docs" / "results.json", HERE / "docs" / "ablation.png", HERE / "RESULTS.md"
+README, MARKS = HERE / "README.md", ("<!-- table -->\n\n", "\n<!-- end of table -->\n")  # of the main table
+SAMPLES, EPOCHS = 24, 2  # so many steps a block are their product
+SETTING = f"--samples {SAMPLES} --seq-len 512 --epochs {EPOCHS} --eval-seq-len 2048"  # of SmolLM2
+FEW, WHOLE = "--eval-windows 8 ", ""  # of the test set
+CELLS = [(bits, group_size) for bits in (3, 2, 4) for group_size in (64, -1)]
+MAIN = (3, 64)  # the cell that the whole test set is measured for
+SEEDED = [MAIN, (4, 64)]  # cells with three seeds
+SEEDS = ["--seed 1", "--seed 2"]  # besides 0
+ABLATED = "--samples 64"  # of the bundled model, which takes a minute a run
+ABLATED_BITS = (2, 3)
+
+
+def options(method: str, bits: int, group_size: int, windows: str = FEW, seed: str = "") -> str:
+    """Of a run on SmolLM2."""
+    return f"{SETTING} {windows}--method {method} --bits {bits} --group-size {group_size} {seed}".strip()
+
+
+def ablation(bits: int, switch: str = "") -> str:
+    """Options of a run on the bundled model."""
+    return f"{ABLATED} --bits {bits} {switch}".strip()
+
+
+def with_original() -> list[str]:
+    """The runs that measure the original and rtn too."""
+    return [options("rtn", *MAIN), options("rtn", *MAIN, WHOLE), *map(ablation, ABLATED_BITS)]
+
+
+def ablations() -> dict[str, list[str]]:
+    """Question -> switches that answer it."""
+    return {
+        "gradient filtering": ["--tau 1e9", "--tau 0.5", "--tau 2", "--tau 4"],
+        "mapping": ["--period 1", "--period 4", "--period 8", "--no-local"],
+        "initialization": ["--n-rounds 0", "--n-ratios 1", "--n-ratios 50", "--no-importance"],
+        "training": ["--no-learn-shift", "--level-rate 0", "--level-rate 0.005", "--mapping-rate 0.0025"]
+        + ["--mapping-rate 0.01", "--original-input 0"],
+        "calibration": ["--samples 16 --epochs 4", "--samples 128", "--epochs 2", "--epochs 4", "--epochs 8"],
+    }
+
+
+def wanted(with_model: bool = True) -> list[str]:
+    """The options of every run; without SmolLM2, of those on the bundled model."""
+    switches = ["", *SEEDS, *(switch for group in ablations().values() for switch in group)]
+    bundled = [ablation(bits, switch) for bits in ABLATED_BITS for switch in switches]
+    table = [options(method, *cell) for cell in CELLS for method in METHODS]
+    whole = [options(method, *MAIN, WHOLE) for method in METHODS]
+    seeds = [
+        options(method, *cell, FEW, seed) for cell in SEEDED for seed in SEEDS for method in METHODS if method != "rtn"
+    ]
+    return bundled + (table + whole + seeds) * with_model
+
+
+# --------------------------------------------------------------------------------------------------------- writing it
+
+
+def lines(*rows: tuple) -> str:
+    """A markdown table; the first row is its head, the first column is text."""
+    line = ("---",) + ("---:",) * (len(rows[0]) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], line, *rows[1:]))
+
+
+def perplexity(runs: dict, chosen: str, model: str) -> float | None:
+    """Of "original" or a method, in one run; None if it was not measured."""
+    return runs[chosen]["perplexity"].get(model) if chosen in runs else None
+
+
+def values(runs: dict, method: str, cell: tuple[int, int], windows: str) -> list[float]:
+    """Perplexities of a cell of the table, a value per seed."""
+    found = [perplexity(runs, options(method, *cell, windows, seed), method) for seed in ("", *SEEDS)]
+    return [value for value in found if value is not None]
+
+
+def shown(found: list[float], best: bool) -> str:
+    if not found:
+        return ""
+    text = f"{statistics.mean(found):,.{1 if found[0] > 100 else 2}f}"
+    text = f"**{text}**" if best else text
+    return text + (f" ({min(found):.2f} to {max(found):.2f})" if len(found) > 1 else "")
+
+
+def name_of(bits: int, group_size: int) -> str:
+    return f"{bits} bits, " + ("a row" if group_size == -1 else f"groups of {group_size}")
+
+
+def main_table(runs: dict) -> str:
+    """Perplexities, the lowest of a full line in bold, and a sentence on who has it and how clearly."""
+    rows, margins = [("perplexity", "bits per weight", *METHODS)], []
+    for cell, windows in [*((cell, FEW) for cell in sorted(CELLS, reverse=True)), (MAIN, WHOLE)]:
+        found = {method: values(runs, method, cell, windows) for method in METHODS}
+        measured = {method: statistics.mean(v) for method, v in found.items() if v}
+        if measured:
+            best, name = None, name_of(*cell) + (", whole test set" if windows == WHOLE else "")
+            if len(measured) == len(METHODS):
+                best, second, *_ = sorted(measured, key=measured.get)
+                margins.append((measured[second] / measured[best] - 1, best, second, name, found))
+            stored = runs[options(next(iter(measured)), *cell, windows)]["bits_per_weight"]
+            rows.append((name, f"{stored:.2f}", *(shown(found[m], m == best) for m in METHODS)))
+    if not margins:
+        return lines(*rows)
+    won, (margin, best, second, name, found) = [best for _, best, *_ in margins].count("flexbcq"), min(margins)
+    pairs = list(zip(found[best], found[second]))  # of the same seed: the same calibration samples
+    wins = sum(a < b for a, b in pairs)
+    return f"""{lines(*rows)}
+
+The lowest is flexbcq's in {won} of {len(margins)} full lines. The narrowest margin is {margin:.1%}: {name},
+{best} before {second}, for {wins} of {len(pairs)} seed{"s"[: len(pairs) > 1]}."""
+
+
+def cost_table(runs: dict) -> str:
+    rows = [("minutes (peak memory)", *METHODS)]
+    for cell in sorted(CELLS, reverse=True):
+        cells = [runs.get(options(method, *cell)) for method in METHODS]
+        cost = [f"{run['cpu_seconds'] / 60:.1f} ({run['peak_bytes'] / 1e9:.1f} GB)" if run else "" for run in cells]
+        if any(cost):
+            rows.append((name_of(*cell), *cost))
+    return lines(*rows)
+
+
+def ablated(runs: dict, bits: int, switch: str = "") -> tuple[float, float]:
+    """Perplexity on the bundled model, and how much it is above the default's; NaN where a run is missing."""
+    found = [perplexity(runs, ablation(bits, s), "flexbcq") or math.nan for s in (switch, "")]
+    return found[0], found[0] / found[1] - 1
+
+
+def ablation_table(runs: dict) -> str:
+    rows = [("", "switch", *(f"{bits} bits" for bits in ABLATED_BITS))]
+    for question, switches in ({"default": [""]} | ablations() | {"chance": SEEDS}).items():
+        for switch in switches:
+            found = [ablated(runs, bits, switch) for bits in ABLATED_BITS]
+            shares = ["" if math.isnan(value) else f"{value:.2f} ({share:+.1%})" for value, share in found]
+            rows.append((question, switch and f"`{switch}`", *shares))
+    return lines(*rows)
+
+
+def parameter_table() -> str:
+    """What is learned in a layer of SmolLM2's MLP, counted in the modules themselves."""
+    rows = [("", "per weight, a row", "per weight, groups of 64", "learning rate", "after the fold")]
+    layers = [FlexBCQLinear(torch.randn(1536, 576), 3, size, n_ratios=1, n_rounds=1) for size in (-1, 64)]
+    fate = {"alpha": "3 in fp16", "shift": "1 in fp16", "log_scale": "in alpha, shift", "log_s_row": "in alpha, shift"}
+    for name, _ in layers[0].named_parameters():
+        learned = [getattr(layer, name).numel() / layer.w.numel() for layer in layers]
+        rate = Training.level_rate if name in ("alpha", "shift") else Training.mapping_rate
+        rows.append((name, *(f"{n:.4f}" for n in learned), f"{rate:g}", fate.get(name, "in the codes")))
+    return lines(*rows)
+
+
+def plots(runs: dict) -> None:
+    """Perplexity against period and tau, and how far codes moved."""
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    panels = figure.subplots(1, 3)
+    colors = {2: "#0072B2", 3: "#D55E00", 4: "#009E73"}
+    for axes, switch in zip(panels, ("period", "tau")):
+        given = [s.split()[1] for group in ablations().values() for s in group if s.startswith(f"--{switch} ")]
+        ticks = {float(x): f"--{switch} {x}" for x in given} | {float(getattr(Training, switch)): ""}
+        places = {x: min(x, 16) for x in sorted(ticks)}  # no filtering, 1e9, stands at 16
+        for bits in ABLATED_BITS:
+            y = [100 * ablated(runs, bits, ticks[x])[1] for x in places]
+            axes.plot(places.values(), y, "o-", color=colors[bits], label=f"{bits} bits")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(list(places.values()), ["none" if x > 16 else f"{x:g}" for x in places])
+        axes.set(xlabel={"period": "period p, steps", "tau": "no gradient beyond tau * min |alpha|"}[switch])
+        axes.set(ylabel="perplexity above the default's, %", title="bundled model, a row")
+        axes.legend()
+    panels[0].sharey(panels[1])
+    for bits, color in colors.items():
+        if run := runs.get(options("flexbcq", bits, -1)):
+            shares = [(distance + 0.25 * (bits - 3), share) for distance, share in enumerate(run["moves"]) if share]
+            panels[2].bar(*zip(*shares), width=0.22, color=color, label=f"{bits} bits")
+    panels[2].set(xlabel="levels that a weight moved in training", ylabel="share of the weights", yscale="log")
+    panels[2].set(title="moves of the codes, SmolLM2, a row")
+    panels[2].xaxis.get_major_locator().set_params(integer=True)
+    panels[2].legend()
+    with whole_file(PLOT) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
+def summary(runs: dict) -> str:
+    few, whole = (perplexity(runs, options("rtn", *MAIN, windows), "original") for windows in (FEW, WHOLE))
+    end = f" ({whole:.2f} on the whole test set)" if whole else ""
+    return f"{main_table(runs)}\n\nThe original, as a 4-bit GGUF file holds it, widened to bf16, has {few:.2f}{end}.\n"
+
+
+def markdown(store: dict) -> str:
+    """The page."""
+    runs, step = store["runs"], store["step"]
+    first, bundled = runs[options("rtn", *MAIN)], [runs[ablation(bits)] for bits in ABLATED_BITS]
+    machines = sorted({run["machine"] for run in runs.values()})
+    missing = len([chosen for chosen in wanted() if chosen not in runs])
+    return f"""# Results
+
+Written by `results.py`; every number below is from a run of `calibrate.py` with the options named here, kept in
+`docs/results.json`. {f"{missing} of {len(wanted())} runs are still to be made." if missing else "All runs were made."}
+
+SmolLM2-135M-Instruct (30 blocks, 106 million weights quantized) on WikiText-2: perplexity on the first
+{first["eval_windows"]} windows of 2,048 tokens of the test set. Calibration on the validation set, the same samples and
+steps for every method:
+
+    python calibrate.py --model smollm2 --text wiki.valid.tokens --eval-text wiki.test.raw \\
+        {SETTING} {FEW}\\
+        --method METHOD --bits BITS --group-size SIZE
+
+That is {EPOCHS * SAMPLES} steps of one sequence of 512 tokens a block, 2 % of the paper's 2,560 on sequences a quarter
+as long: a comparison at equal cost, not the end of the road. Seed 0; where a range is given, the mean of seeds 0, 1, 2.
+Measured on {"; ".join(machines)}; torch {first["versions"]["torch"]}.
+
+## The four methods
+
+{summary(runs)}
+What a run costs in processor time, with checks and evaluation:
+
+{cost_table(runs)}
+
+## What each part of FlexBCQ contributes
+
+On the bundled model, one thing changed at a time: `python calibrate.py {ABLATED} --bits BITS SWITCH`, a minute each on
+a laptop. Perplexity, and what it is above the default's. The original has {bundled[0]["perplexity"]["original"]:.2f};
+rtn has {" and ".join(f"{run['perplexity']['rtn']:.2f}" for run in bundled)}. Differences like those between
+seeds, in the last two lines, say nothing.
+
+{ablation_table(runs)}
+
+![Perplexity against the period and the threshold of filtering; how far codes moved](docs/ablation.png)
+
+## Where the time goes
+
+A training step of 512 tokens on block 0 at {name_of(*MAIN)} takes {step["step"]:.0f} ms
+({1000 / step["step"]:.1f} steps/s) on {step["machine"]}. Forward and backward of the original block alone take
+{step["original"]:.0f} ms, {step["original"] / step["step"]:.0%} of it; the rest is the quantizer and Adam.
+
+## What is learned
+
+A layer of 1,536 x 576 at 3 bits. Nothing but bit-planes, alpha and shift remains: k + 16 (k + 1) / group_size bits per
+weight.
+
+{parameter_table()}
+"""
+
+
+def write_page(store: dict) -> None:
+    plots(store["runs"])
+    with whole_file(PAGE) as temporary:
+        temporary.write_text(markdown(store), "utf-8")
+    before, _, after = re.split("|".join(MARKS), README.read_text("utf-8"))
+    with whole_file(README) as temporary:
+        temporary.write_text(before + MARKS[0] + summary(store["runs"]) + MARKS[1] + after, "utf-8")
+    print(f"wrote {PAGE.name} and the table in {README.name}")
