@@ -139,13 +139,20 @@ def plot(records: list[dict], title: str, path: Path) -> None:
     figure.savefig(path, dpi=120, format="png")
 
 
-def print_table(perplexities: dict[str, float], n_bits: int, bits: float, source: Path, folder: Path) -> None:
+def stored_bits(checkpoint: Checkpoint) -> float:
+    """Of a weight that is quantized or to be, in the files, alpha and shift counted."""
+    with torch.device("meta"):
+        weights = sum(linear.weight.numel() for linear in linears(Block(checkpoint.config)).values())
+    return 8 * checkpoint.n_bytes(lambda name: "_proj." in name) / (checkpoint.config.num_hidden_layers * weights)
+
+
+def print_table(perplexities: dict[str, float], n_bits: int, source: Checkpoint, written: Checkpoint) -> None:
     """A line per model: perplexity, stored bits per quantized weight, size of the weight files."""
-    before, after = (sum(f.stat().st_size for f in path.glob("*.safetensors")) / 1e6 for path in (source, folder))
     print(f"\n{'':20}{'perplexity':>12}{'bits per weight':>18}{'files':>12}")
     for name, value in perplexities.items():
-        label, stored, size = (name, 16, before) if name == "original" else (f"{name}, {n_bits} bits", bits, after)
-        print(f"{label:20}{value:12.3f}{stored:18.3f}{size:9.1f} MB")
+        label, of = (name, source) if name == "original" else (f"{name}, {n_bits} bits", written)
+        size = sum(file.stat().st_size for file in of.shards()) / 1e6
+        print(f"{label:20}{value:12.3f}{stored_bits(of):18.3f}{size:9.1f} MB")
 
 
 def prepare(args: argparse.Namespace) -> tuple[Checkpoint, Training]:
@@ -157,6 +164,8 @@ def prepare(args: argparse.Namespace) -> tuple[Checkpoint, Training]:
     if checkpoint.config.quantization:
         raise ValueError(f"{args.model}: is quantized already; give the original model")
     args.out = Path(args.out or f"{checkpoint.folder.resolve().name}-{args.method}-{args.bits}bit")
+    if args.out.name in ("", ".."):
+        raise OSError(f"--out {args.out}: give the name of a new folder")
     if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
         raise OSError(f"--out {args.out}: exists and is not empty; delete it or choose another folder")
     if not os.access(args.out.parent, os.W_OK | os.X_OK):
@@ -194,7 +203,7 @@ def memory(device: torch.device) -> tuple[int, int]:
 def check_space(checkpoint: Checkpoint, weights: int, bits: float, args: argparse.Namespace) -> None:
     """Print what will be needed on the host. Raises ValueError if there is less of it."""
     config, partial = checkpoint.config, args.out.with_name(args.out.name + ".partial")
-    stored = sum(file.stat().st_size for file in checkpoint.folder.glob("*.safetensors"))
+    stored = sum(file.stat().st_size for file in checkpoint.shards())
     if not args.dequantized:
         linear = checkpoint.n_bytes(lambda name: name.endswith("_proj.weight"))
         stored += config.num_hidden_layers * weights * bits / 8 - linear
@@ -228,12 +237,13 @@ def rehearse(checkpoint: Checkpoint, samples: Tensor, windows: Tensor, args, set
         record = quantize_block(checkpoint, 0, inputs, target, rope, args, short, bar)[1]
     steps = is_trained(args.method) * args.samples * args.epochs // args.batch_size
     per_sample = (record["seconds"] - record["initializing"] - record["training"]) / len(few)
-    seconds = record["initializing"] + per_sample * args.samples
-    seconds += record["training"] / (len(few) // args.batch_size) * steps
+    per_step = record["training"] / (len(few) // args.batch_size)
+    seconds = record["initializing"] + per_sample * args.samples + per_step * steps
     peak, total = memory(args.device)
     print(f"{args.device}: {peak / 1e9:.1f} GB of {total / 1e9:.1f} GB at the peak")
     minutes = config.num_hidden_layers * seconds / 60
-    print(f"{config.num_hidden_layers} blocks of {steps} steps: about {minutes:.0f} minutes, and the perplexities")
+    print(f"{config.num_hidden_layers} blocks of {steps} steps, {per_step:.3f} seconds each: ", end="")
+    print(f"about {minutes:.0f} minutes, and the perplexities")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -251,7 +261,7 @@ def run(args: argparse.Namespace) -> None:
     chosen = {key: getattr(args, key) for key in ("method", "bits", "group_size", "dequantized", "samples", "seq_len")}
     chosen |= asdict(settings)
     texts = {"calibration text": samples, "evaluation text": windows}
-    with resumable(args.out, chosen, checkpoint.folder, texts) as (folder, report):
+    with resumable(args.out, chosen, checkpoint, texts) as (folder, report):
         start -= sum(record["seconds"] for record in report["blocks"])  # of earlier runs
         found = report["perplexity"]
         if parallel.rank() == 0 and args.baselines and "original" not in found:
@@ -265,15 +275,17 @@ def run(args: argparse.Namespace) -> None:
             versions = {"torch": torch.__version__, "python": platform.python_version()}
             packed = {"quant_method": "flexbcq"} | chosen | versions
             write_rest(checkpoint, folder, None if args.dequantized else packed)
-            found[args.method] = perplexity(Checkpoint(folder), windows, args.device, label=args.method)  # of the files
+            written = Checkpoint(folder)
+            found[args.method] = perplexity(written, windows, args.device, label=args.method)
             report |= {"text": eval_name, "eval_seq_len": args.eval_seq_len, "eval_windows": len(windows)}
-            report |= {"bits_per_weight": bits, "seconds": time.time() - start, "peak_bytes": peak_bytes()}
-            report |= {"cpu_seconds": time.process_time(), "versions": versions}  # without those of killed processes
+            report |= {"bits_per_weight": stored_bits(written), "peak_bytes": peak_bytes()}
+            report |= {"seconds": time.time() - start, "versions": versions}
+            report |= {"cpu_seconds": time.process_time()}  # without those of killed processes
             write_json(folder / REPORT, report)
             with whole_file(folder / "calibration.png") as temporary:
                 plot(report["blocks"], f"{args.method}, {args.bits} bits", temporary)
     if parallel.rank() == 0:
-        print_table(found, args.bits, bits, checkpoint.folder, args.out)
+        print_table(found, args.bits, checkpoint, Checkpoint(args.out))
         print(
             f"{eval_name}, seq_len {args.eval_seq_len}, {len(windows)} windows; {report['seconds']:.0f} seconds; "
             f"wrote {args.out}"

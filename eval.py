@@ -79,7 +79,9 @@ def tokenize(tokenizer: Tokenizer, text: str, name: str, seq_len: int) -> Tensor
     """(n_tokens,) int64, at least one window. Raises ValueError naming the text if it is shorter."""
     ids = torch.tensor(tokenizer.encode(text).ids)
     if len(ids) < seq_len:
-        raise ValueError(f"{name}: {len(ids)} tokens are less than one window of {seq_len}; give more, or --seq-len")
+        raise ValueError(
+            f"{name}: {len(ids)} tokens are less than one window of {seq_len}; give more text, or a smaller window"
+        )
     return ids
 
 
@@ -139,7 +141,7 @@ def generate(
     on_gpu, packed = torch.device(device).type == "cuda", checkpoint.config.quantization is not None
     head_dtype = torch.bfloat16 if on_gpu or packed else torch.float32
     model = checkpoint.model(torch.bfloat16 if on_gpu else torch.float32, device, head_dtype)
-    model.generate(ids, 1)  # warm up; compiles the kernels if need be
+    model.generate(ids, 2)  # warm up, the prompt and a single token; compiles the kernels if need be
     start = time.perf_counter()
     text = tokenizer.decode(model.generate(ids, n_tokens)[0].tolist())
     speed = n_tokens / (time.perf_counter() - start)
@@ -169,8 +171,9 @@ def answer_questions(checkpoint: Checkpoint, tokenizer: Tokenizer, args, seq_len
 def check_device(name: str) -> torch.device:
     """Raises ValueError if PyTorch cannot use this device here."""
     try:
-        torch.zeros(1, device=name).item()
-        return torch.device(name)
+        probe = torch.zeros(1, device=name)
+        probe.item()
+        return probe.device  # of "cuda" with its number
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
 

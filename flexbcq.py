@@ -407,7 +407,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=2048, help="rows and columns (default: %(default)s)")
     parser.add_argument("--group-size", type=int, default=-1, help="-1: a row (default: %(default)s)")
     args = parser.parse_args()
-    group_size = columns_per_group(args.size, args.group_size)
+    try:
+        group_size = columns_per_group(args.size, args.group_size)
+    except ValueError as error:
+        parser.error(str(error))
     print(f"one {args.size} x {args.size} weight, groups of {group_size}, {torch.get_num_threads()} threads")
     jobs = [(f"initialization, n_ratios={n}", _measure_initialization, n) for n in (1, 10, 50)]
     jobs += [("forward + backward", _measure_training, 4)]

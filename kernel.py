@@ -26,6 +26,7 @@ The environment variable FLEXBCQ_KERNEL=NAME forces one. The kernels are compile
 
 import argparse
 import functools
+import itertools
 import os
 import shutil
 import statistics
@@ -293,13 +294,13 @@ def measure(shape: tuple[int, int], n_bits: int, args: argparse.Namespace) -> li
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """GB/s of weights against bits, a line per shape at the smallest batch, and the read bandwidth as the roof."""
+    """GB/s of weights against bits, a line per shape at the first batch size, and the read bandwidth as the roof."""
     from matplotlib.figure import Figure  # only here: everything imports this module
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     first = [row for row in rows if row["batch"] == rows[0]["batch"]]
-    looks = zip("osD^", ("#0072B2", "#D55E00", "#009E73", "#CC79A7"))
+    looks = itertools.cycle(zip("osD^", ("#0072B2", "#D55E00", "#009E73", "#CC79A7")))
     for shape, (marker, color) in zip(dict.fromkeys(row["out x in"] for row in first), looks):
         points = [(r["bits"], float(r["GB/s"])) for r in first if r["out x in"] == shape]
         axes.plot(*zip(*points), marker=marker, color=color, label=shape)

@@ -2,8 +2,8 @@
 
 The modules carry Hugging Face's names (`model.layers.0.self_attn.q_proj.weight`) and its rotate-half RoPE, so
 loading is `load_state_dict`: no renaming table, no permutation. A folder holds `config.json`, `tokenizer.json` and
-either `model.safetensors` or shards with `model.safetensors.index.json`. Files stay memory-mapped; `Checkpoint`
-builds one module at a time, so a 70B model can be walked through block by block:
+either `model.safetensors` or shards with `model.safetensors.index.json`. A file is memory-mapped while a tensor is
+read, and `Checkpoint` builds one module at a time, so a 70B model can be walked through block by block:
 
     checkpoint = Checkpoint("models/tiny")
     block = checkpoint.block(0)                  # one decoder layer, float32, on the CPU
@@ -325,7 +325,7 @@ class Checkpoint:
             raise ValueError(f"{self.folder / name}: not a JSON object; download it again")
         return content
 
-    def _shards(self) -> list[Path]:
+    def shards(self) -> list[Path]:
         """The weight files: `model.safetensors`, or those the index names."""
         single, index = self.folder / "model.safetensors", "model.safetensors.index.json"
         if single.exists():
@@ -342,7 +342,7 @@ class Checkpoint:
     def _read_headers(self) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
         """Of every tensor by name: its file, dtype and shape."""
         stored = {}
-        for path in self._shards():
+        for path in self.shards():
             with open_tensors(path) as file:
                 for name in file.keys():
                     if name in stored:

@@ -32,6 +32,10 @@ def read_questions(path: Path) -> list[list[str]]:
         raise OSError(f"{path}: cannot read the questions ({error.strerror}); is it the published folder?") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}; convert it, for example with iconv") from None
+    except csv.Error as error:
+        raise ValueError(f"{path}: not CSV ({error}); is it the published file?") from None
+    if not rows:
+        raise ValueError(f"{path}: holds no questions; is it the published file?")
     for number, row in enumerate(rows, 1):
         if len(row) != 6 or row[5] not in list(LETTERS):
             raise ValueError(f"{path}: question {number} is not question, A, B, C, D, letter")
@@ -88,7 +92,7 @@ def accuracy(
     first few of each only. Raises OSError or ValueError for bad files or a tokenizer of another model."""
     names = subjects(folder)
     questions = [(s, row) for s in names for row in read_questions(folder / "test" / f"{s}_test.csv")[:limit]]
-    shots = {s: read_questions(folder / "dev" / f"{s}_dev.csv")[:n_shots] for s in names}
+    shots = {s: read_questions(folder / "dev" / f"{s}_dev.csv")[:n_shots] if n_shots else [] for s in names}
     letters = [tokenizer.encode(f"Answer: {letter}").ids[-1] for letter in LETTERS]
     prompts = (checkpoint.check_ids(fitting(tokenizer, s, shots[s], row, seq_len)) for s, row in questions)
     found = defaultdict(lambda: (0, 0))

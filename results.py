@@ -19,6 +19,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from threading import Lock
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ from llama import Checkpoint, rope_tables, write_json
 
 def machine(device: str, threads: int) -> str:
     """The hardware, by name."""
-    if device != "cpu":
+    if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
@@ -47,7 +48,10 @@ def measure(chosen: str, args: argparse.Namespace) -> dict:
         out = Path(folder) / "out"
         baselines = "--baselines" if chosen in page.with_original() else "--no-baselines"
         given = ["--model", args.model, *texts] if chosen.startswith(page.SETTING) else []
-        call(["calibrate.py", "--device", args.device, *given, *chosen.split(), baselines, "--out", out], threads)
+        call(
+            [page.HERE / "calibrate.py", "--device", args.device, *given, *chosen.split(), baselines, "--out", out],
+            threads,
+        )
         report = json.loads((out / "calibration.json").read_text())
         blocks = report.pop("blocks")
         kept = ("perplexity", "bits_per_weight", "seconds", "cpu_seconds", "peak_bytes", "eval_windows", "versions")
@@ -69,7 +73,9 @@ def measure_step(args: argparse.Namespace) -> dict[str, float]:
     def alone() -> None:
         for part in x.split(1):
             part = part.to(args.device)
-            F.mse_loss(original(part, *rope), part).backward()
+            loss = F.mse_loss(original(part, *rope), part)
+            loss.backward()
+            loss.item()  # a GPU is waited for
 
     found = {"original": alone, "step": lambda: train_block(block, quantizers, (x, x), x, rope, settings, 0)}
     seconds = {}
@@ -83,13 +89,13 @@ def measure_step(args: argparse.Namespace) -> dict[str, float]:
     return seconds | {"machine": machine(args.device, torch.get_num_threads())}
 
 
-def call(command: list, threads: int) -> str:
+def call(command: list, threads: int) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     command = list(map(str, command))
-    done = subprocess.run([sys.executable, *command], cwd=page.HERE, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise OSError(f"{' '.join(command)}: {done.stderr.strip().splitlines()[-1]}")
-    return done.stdout
+        *_, last = "no error message", *done.stderr.strip().splitlines()
+        raise OSError(f"{' '.join(command)}: exit code {done.returncode}, {last}")
 
 
 def measure_all(store: dict, args: argparse.Namespace) -> None:
@@ -98,13 +104,20 @@ def measure_all(store: dict, args: argparse.Namespace) -> None:
         store["step"] = measure_step(args)
         write_json(page.STORE, store)
     missing = [chosen for chosen in page.wanted(bool(args.model)) if chosen not in store["runs"]][: args.runs]
+    lock = Lock()
+
+    def keep(chosen: str) -> None:
+        record = measure(chosen, args)
+        with lock:
+            store["runs"][chosen] = record
+            write_json(page.STORE, store)
+
     with ThreadPoolExecutor(args.jobs) as pool:
-        futures = {pool.submit(measure, chosen, args): chosen for chosen in missing}
+        futures = [pool.submit(keep, chosen) for chosen in missing]
         try:
             for future in tqdm(as_completed(futures), total=len(missing), unit="run"):
-                store["runs"][futures[future]] = future.result()
-                write_json(page.STORE, store)
-        finally:  # after an error, begin no other
+                future.result()
+        finally:  # after an error, begin no other run; those that have begun are kept
             pool.shutdown(cancel_futures=True)
 
 

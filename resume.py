@@ -31,13 +31,17 @@ from llama import sync, write_config, write_index, write_json, write_tensors
 REPORT = "calibration.json"
 
 
-def fingerprints(folder: Path, texts: dict[str, Tensor]) -> dict[str, str]:
-    """SHA-256 of config.json and of every byte of the weights (two minutes for 140 GB), and of the tokens of texts."""
+def fingerprints(source: Checkpoint, texts: dict[str, Tensor]) -> dict[str, str]:
+    """SHA-256 of config.json and of every byte of the weights (two minutes for 140 GB), and of the tokens of texts,
+    with their shape."""
     found = {}
-    for path in (folder / "config.json", *sorted(folder.glob("*.safetensors"))):
+    for path in (source.folder / "config.json", *source.shards()):
         with open(path, "rb") as file:
             found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return found | {name: hashlib.sha256(ids.contiguous().numpy()).hexdigest()[:16] for name, ids in texts.items()}
+    for name, ids in texts.items():
+        digest = hashlib.sha256(ids.contiguous().numpy()).hexdigest()[:16]
+        found[name] = f"{' x '.join(map(str, ids.shape))} tokens {digest}"
+    return found
 
 
 def read_report(partial: Path, begun: dict) -> dict:
@@ -62,10 +66,10 @@ def read_report(partial: Path, begun: dict) -> dict:
 
 
 @contextmanager
-def resumable(out: Path, settings: dict, source: Path, texts: dict[str, Tensor]) -> Iterator[tuple[Path, dict]]:
+def resumable(out: Path, settings: dict, source: Checkpoint, texts: dict[str, Tensor]) -> Iterator[tuple[Path, dict]]:
     """Yield OUT.partial and its report; at the end the folder takes the name OUT.
 
-    settings, the files of the model in `source` and the texts decide the result: an earlier run is only gone on with if
+    settings, the files of `source` and the texts decide the result: an earlier run is only gone on with if
     it had the same. On an error the finished blocks are kept, and the error says so; without any, nothing is left.
     Raises OSError if another process works there, ValueError if the folder is of another run."""
     partial = out.with_name(out.name + ".partial")

@@ -1,7 +1,9 @@
-"""Write a Llama with the dimensions of a large one, few blocks, and random weights: what do its blocks take?
+"""Write a Llama with the dimensions of a large one, but few blocks, and random weights: what does a block take?
 
-python -m docs.large_block 8B FOLDER                # from the project's root
-python calibrate.py --model FOLDER --group-size 128 --dry-run
+    python -m docs.large_block 8B FOLDER                # from the project's root
+    python calibrate.py --model FOLDER --group-size 128 --dry-run
+
+The tokenizer is the bundled model's; the vocabulary is as large as that of Llama 3.
 """
 
 import argparse
@@ -10,13 +12,27 @@ from pathlib import Path
 
 import torch
 
-from eval import TINY
+from eval import TINY, guarded
 from llama import Llama, LlamaConfig, write_config, write_tensors
 
-SIZES = {  # of Llama 3
-    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
-    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8},
-}
+SIZES = {"8B": (4096, 14336, 32), "70B": (8192, 28672, 64)}  # hidden_size, intermediate_size, heads of Llama 3
+
+
+def run(args: argparse.Namespace) -> None:
+    args.folder.mkdir()
+    hidden_size, intermediate_size, heads = SIZES[args.size]
+    raw = json.loads((TINY / "config.json").read_text("utf-8"))
+    raw |= {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_hidden_layers": args.blocks}
+    raw |= {"num_attention_heads": heads, "num_key_value_heads": 8, "vocab_size": 128_256, "rope_theta": 500_000.0}
+    raw |= {"max_position_embeddings": 8192, "tie_word_embeddings": False}
+    with torch.device("meta"):
+        model = Llama(LlamaConfig.from_dict(raw))
+    tensors = {}
+    for name, t in model.state_dict().items():
+        random = torch.empty(t.shape, dtype=torch.bfloat16).normal_(std=0.02)
+        tensors[name] = torch.ones_like(random) if name.endswith("norm.weight") else random
+    write_tensors(args.folder / "model.safetensors", tensors)
+    write_config(args.folder, raw, TINY)
 
 
 def main() -> None:
@@ -24,19 +40,7 @@ def main() -> None:
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("folder", type=Path, help="new folder")
     parser.add_argument("--blocks", type=int, default=1, help="(default: %(default)s)")
-    args = parser.parse_args()
-    raw = json.loads((TINY / "config.json").read_text("utf-8")) | SIZES[args.size]
-    raw |= {"head_dim": 128, "num_hidden_layers": args.blocks, "max_position_embeddings": 8192}
-    raw["tie_word_embeddings"] = False
-    with torch.device("meta"):
-        model = Llama(LlamaConfig.from_dict(raw))
-    tensors = {}
-    for name, t in model.state_dict().items():
-        random = torch.empty(t.shape, dtype=torch.bfloat16).normal_(std=0.02)
-        tensors[name] = torch.ones_like(random) if name.endswith("norm.weight") else random
-    args.folder.mkdir()
-    write_tensors(args.folder / "model.safetensors", tensors)
-    write_config(args.folder, raw, TINY)
+    guarded(run, parser)
 
 
 if __name__ == "__main__":

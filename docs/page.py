@@ -79,10 +79,11 @@ def perplexity(runs: dict, chosen: str, model: str) -> float | None:
     return runs[chosen]["perplexity"].get(model) if chosen in runs else None
 
 
-def values(runs: dict, method: str, cell: tuple[int, int], windows: str) -> list[float]:
-    """Perplexities of a cell of the table, a value per seed."""
-    found = [perplexity(runs, options(method, *cell, windows, seed), method) for seed in ("", *SEEDS)]
-    return [value for value in found if value is not None]
+def values(runs: dict, cell: tuple[int, int], windows: str) -> dict[str, list[float]]:
+    """Perplexities of a line of the table by method, a value for each seed that was measured for all (rtn has none)."""
+    whole = [s for s in SEEDS if all(options(m, *cell, windows, s) in runs for m in METHODS if m != "rtn")]
+    found = {m: [perplexity(runs, options(m, *cell, windows, seed), m) for seed in ("", *whole)] for m in METHODS}
+    return {method: [value for value in of if value is not None] for method, of in found.items()}
 
 
 def shown(found: list[float], best: bool) -> str:
@@ -101,7 +102,7 @@ def main_table(runs: dict) -> str:
     """Perplexities, the lowest of a full line in bold, and a sentence on who has it and how clearly."""
     rows, margins = [("perplexity", "bits per weight", *METHODS)], []
     for cell, windows in [*((cell, FEW) for cell in sorted(CELLS, reverse=True)), (MAIN, WHOLE)]:
-        found = {method: values(runs, method, cell, windows) for method in METHODS}
+        found = values(runs, cell, windows)
         measured = {method: statistics.mean(v) for method, v in found.items() if v}
         if measured:
             best, name = None, name_of(*cell) + (", whole test set" if windows == WHOLE else "")
@@ -118,7 +119,7 @@ def main_table(runs: dict) -> str:
     return f"""{lines(*rows)}
 
 The lowest is flexbcq's in {won} of {len(margins)} full lines. The narrowest margin is {margin:.1%}: {name},
-{best} before {second}, for {wins} of {len(pairs)} seed{"s"[: len(pairs) > 1]}."""
+{best} before {second} for {wins} of {len(pairs)} seed{"s"[: len(pairs) > 1]}."""
 
 
 def cost_table(runs: dict) -> str:
@@ -192,7 +193,7 @@ def plots(runs: dict) -> None:
 def summary(runs: dict) -> str:
     few, whole = (perplexity(runs, options("rtn", *MAIN, windows), "original") for windows in (FEW, WHOLE))
     end = f" ({whole:.2f} on the whole test set)" if whole else ""
-    return f"{main_table(runs)}\n\nThe original, as a 4-bit GGUF file holds it, widened to bf16, has {few:.2f}{end}.\n"
+    return f"{main_table(runs)}\n\nThe original has {few:.2f}{end}.\n"
 
 
 def markdown(store: dict) -> str:
@@ -203,19 +204,20 @@ def markdown(store: dict) -> str:
     missing = len([chosen for chosen in wanted() if chosen not in runs])
     return f"""# Results
 
-Written by `results.py`; every number below is from a run of `calibrate.py` with the options named here, kept in
+Written by `results.py`; every perplexity below is from a run of `calibrate.py` with the options named here, kept in
 `docs/results.json`. {f"{missing} of {len(wanted())} runs are still to be made." if missing else "All runs were made."}
 
-SmolLM2-135M-Instruct (30 blocks, 106 million weights quantized) on WikiText-2: perplexity on the first
-{first["eval_windows"]} windows of 2,048 tokens of the test set. Calibration on the validation set, the same samples and
-steps for every method:
+SmolLM2-135M-Instruct (30 blocks, 106 million weights quantized; the copy at hand was a 4-bit GGUF file, widened to
+bf16) on WikiText-2: perplexity on the first {first["eval_windows"]} windows of 2,048 tokens of the test set. Calibrated
+on the validation set, on the same samples by every method but rtn, which needs none:
 
     python calibrate.py --model smollm2 --text wiki.valid.tokens --eval-text wiki.test.raw \\
         {SETTING} {FEW}\\
         --method METHOD --bits BITS --group-size SIZE
 
-That is {EPOCHS * SAMPLES} steps of one sequence of 512 tokens a block, 2 % of the paper's 2,560 on sequences a quarter
-as long: a comparison at equal cost, not the end of the road. Seed 0; where a range is given, the mean of seeds 0, 1, 2.
+flexround and flexbcq are trained, with the same {EPOCHS * SAMPLES} steps of one sequence of 512 tokens a block. That is
+2 % of the paper's 2,560 on sequences a quarter as long: a comparison, not the end of the road. Seed 0; where a range is
+given, the mean of seeds 0, 1, 2.
 Measured on {"; ".join(machines)}; torch {first["versions"]["torch"]}.
 
 ## The four methods

@@ -1,28 +1,58 @@
 #!/usr/bin/env bash
-# What there is to learn on a GPU, in one go: are the kernels right, do they stay inside their memory, how fast are they,
-# what does calibration cost. From the root of the repository: bash tests/gpu.sh FOLDER, which gets the answers.
+# What there is to learn on a GPU: are the kernels right, do they stay inside their memory, how fast are they, what does
+# calibration cost, what does a large model take. From the root of the repository:
+#
+#     bash tests/gpu.sh FOLDER [check|sanitize|kernels|tiny|large|decode ..]      # default: all of them, into FOLDER
 set -euo pipefail
-out=${1:?usage: bash tests/gpu.sh FOLDER}
+out=${1:?usage: bash tests/gpu.sh FOLDER [PART ..]}
 mkdir -p "$out"
-if command -v nvidia-smi > /dev/null; then nvidia-smi --query-gpu=name,driver_version --format=csv > "$out/card.csv"; fi
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
 
-python3 -m pytest -q tests/test_multiply.py tests/test_cuda.py tests/test_flexbcq.py 2>&1 | tee "$out/tests.txt"
+check() {
+    if command -v nvidia-smi > /dev/null; then nvidia-smi --query-gpu=name,driver_version --format=csv; fi
+    python3 -m pytest -q tests/test_multiply.py tests/test_cuda.py tests/test_flexbcq.py
+}
 
-# one shape each that only the readable kernel takes, and that both take; under these tools a kernel is 100 times slower
-if command -v compute-sanitizer > /dev/null; then
+sanitize() { # a shape that only the readable kernel takes, and one that both take; this slows a kernel down a hundredfold
     for tool in memcheck racecheck; do
         compute-sanitizer --tool $tool --error-exitcode 1 python3 -m pytest -q tests/test_multiply.py \
-            -k "(cuda or fast or readable) and (33-576-3-64 or 96-1536-4-128) and product_is" 2>&1 | tee "$out/$tool.txt"
+            -k "(cuda or fast or readable) and (33-576-3-64 or 96-1536-4-128) and product_is"
     done
-fi
+}
 
-for size in 128 -1; do
-    python3 kernel.py --shapes 4096x4096 14336x4096 4096x14336 8192x28672 --group-size $size --out "$out/kernels$size"
+kernels() {
+    for size in 128 -1; do
+        python3 kernel.py --shapes 4096x4096 14336x4096 4096x14336 8192x28672 --group-size $size --out "$out/kernels$size"
+    done
+}
+
+tiny() { # the bundled model at the paper's number of epochs
+    for bits in 3 2; do
+        for method in bcq flexround flexbcq; do
+            python3 calibrate.py --method $method --bits $bits --epochs 20 --out "$work/$method-$bits"
+            python3 eval.py --model "$work/$method-$bits" --prompt "def fibonacci(" | tail -1
+        done
+    done
+}
+
+large() { # one block: seconds a step, the peak of the card's memory
+    for size in 8B 70B; do
+        python3 -m docs.large_block $size "$work/$size"
+        python3 calibrate.py --model "$work/$size" --group-size 128 --seq-len 2048 --dry-run
+    done
+}
+
+decode() { # a quarter of the blocks of Llama-3-8B and its vocabulary, in bfloat16 and at 3 bits
+    python3 -m docs.large_block 8B "$work/original" --blocks 8
+    python3 calibrate.py --model "$work/original" --method rtn --group-size 128 --samples 4 --seq-len 128 \
+        --eval-windows 1 --no-baselines --out "$work/packed"
+    for model in original packed; do
+        python3 eval.py --model "$work/$model" --prompt "def" | tail -1
+    done
+}
+
+parts=${*:2}
+for part in ${parts:-check sanitize kernels tiny large decode}; do
+    $part 2>> "$out/progress.txt" | tee "$out/$part.txt"
 done
-
-for bits in 3 2; do
-    for method in bcq flexround flexbcq; do
-        python3 calibrate.py --method $method --bits $bits --epochs 20 --out "$out/tiny-$method-$bits" 2>> "$out/progress.txt"
-        python3 eval.py --model "$out/tiny-$method-$bits" --prompt "def fibonacci(" | tail -1
-    done
-done 2>&1 | tee "$out/calibration.txt"

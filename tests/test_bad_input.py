@@ -141,6 +141,8 @@ OPTIONS = {  # of calibrate.py
     "group size below": (["--group-size", "-2"], "cannot be cut into groups of -2"),
     "long sequence": (["--seq-len", "100"], "--seq-len 100: choose 2 to 64"),
     "negative sequence": (["--seq-len", "-3"], "--seq-len -3: choose 2 to 64"),
+    "output without a name": (["--out", "."], "--out .: give the name of a new folder"),
+    "output without a name, above": (["--out", ".."], "--out ..: give the name of a new folder"),
     "no samples": (["--samples", "0"], "--samples 0: must be at least 1"),
     "samples beyond memory": (["--samples", "999999999"], "--samples 999999999, activations in memory: needs"),
     "samples beyond the disk": (["--samples", "9999999999", "--offload", "/tmp"], "--offload /tmp: needs"),
@@ -256,7 +258,7 @@ TEXTS = {
     "empty": (b"", "is empty"),
     "blank": (b"  \n ", "is empty"),
     "not UTF-8": (b"abc \xff\xfe", "not UTF-8 at byte 4"),
-    "too short": (b"short", "tokens are less than one window of 64; give more, or --seq-len"),
+    "too short": (b"short", "tokens are less than one window of 64; give more text, or a smaller"),
 }
 EVAL_OPTIONS = {
     "long window": (["--seq-len", "65"], "--seq-len 65: choose 2 to 64"),

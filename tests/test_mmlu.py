@@ -125,6 +125,20 @@ def test_a_missing_file_is_named(data, model, tmp_path):
     assert result.code == 2 and "code_dev.csv: cannot read the questions" in result.err
 
 
+def test_without_shots_no_solved_questions_are_needed(data, model, tmp_path):
+    folder = shutil.copytree(data, tmp_path / "data")
+    shutil.rmtree(folder / "dev")
+    assert call(main, "--model", model, "--mmlu", folder, "--shots", 0, "--limit", 1).code == 0
+
+
+@pytest.mark.parametrize("content, message", [("", "holds no questions"), ('"' + 200_000 * "x", "not CSV")])
+def test_a_file_without_questions_is_named(content, message, data, model, tmp_path):
+    folder = shutil.copytree(data, tmp_path / "data")
+    (folder / "test" / "code_test.csv").write_text(content)
+    result = call(main, "--model", model, "--mmlu", folder)
+    assert result.code == 2 and f"code_test.csv: {message}" in result.err.strip().splitlines()[-1]
+
+
 def test_a_file_in_another_encoding_is_named(data, model, tmp_path):
     folder = shutil.copytree(data, tmp_path / "data")
     (folder / "dev" / "code_dev.csv").write_bytes("Säge,1,2,3,4,A\n".encode("latin-1"))

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 
 import pytest
 from helpers import call
@@ -70,7 +72,7 @@ def test_the_narrowest_margin_is_counted_seed_by_seed(monkeypatch):
         for method, found in perplexities.items()
         for seed, value in zip(["", *page.SEEDS], found)
     }
-    said = "The narrowest margin is 4.7%: 3 bits, groups of 64, flexbcq before bcq, for 2 of 3 seeds."
+    said = "The narrowest margin is 4.7%: 3 bits, groups of 64, flexbcq before bcq for 2 of 3 seeds."
     assert said in " ".join(page.main_table(runs).split())
 
 
@@ -79,6 +81,24 @@ def test_a_run_that_fails_is_named_with_its_reason(small, tmp_path):
     result = call(results.main, *small)
     assert result.code == 2 and "calibrate.py --device" in result.err
     assert "tokens are less than one window of 64" in result.err.strip().splitlines()[-1]
+
+
+def test_what_runs_beside_one_that_fails_is_kept(small, tmp_path, monkeypatch):
+    first, second = page.wanted()[:2]
+    failed = threading.Event()
+
+    def measure(chosen, args):
+        if chosen == first:
+            failed.set()
+            raise OSError("no luck")
+        failed.wait()
+        time.sleep(0.2)
+        return {"perplexity": {}}
+
+    monkeypatch.setattr(results, "measure", measure)
+    (tmp_path / "results.json").write_text('{"runs": {}, "step": {}}')
+    assert call(results.main, *small, "--jobs", 2).err.strip().endswith("error: no luck")
+    assert second in json.loads((tmp_path / "results.json").read_text())["runs"]
 
 
 def test_missing_texts_are_named(toy, tmp_path):

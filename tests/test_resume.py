@@ -12,11 +12,12 @@ import time
 from contextlib import contextmanager
 
 import pytest
+import torch
 from helpers import blocks_finished, call, snapshot
 
 from calibrate import main
-from llama import whole_file
-from resume import REPORT
+from llama import Checkpoint, whole_file
+from resume import REPORT, fingerprints
 
 SETTINGS = ["--samples", "8", "--epochs", "4", "--batch-size", "2", "--bits", "2", "--group-size", "32"]
 
@@ -130,6 +131,12 @@ def test_other_settings_refuse_to_go_on_and_touch_nothing(changed, message, begu
     assert result.code == 2 and message in result.err
     assert "go on with the same options and files, or delete" in result.err.strip().splitlines()[-1]
     assert snapshot(begun.parent) == before
+
+
+def test_the_same_tokens_in_other_windows_are_another_text(toy):
+    ids, checkpoint = torch.arange(128), Checkpoint(toy)
+    long, short = (fingerprints(checkpoint, {"text": ids.view(-1, seq_len)}) for seq_len in (64, 32))
+    assert long["text"].startswith("2 x 64 tokens ") and long["text"] != short["text"]
 
 
 def test_changed_source_refuses_to_go_on_and_is_named(begun, toy, text, tmp_path):
