@@ -29,6 +29,7 @@ def small(toy, text, tmp_path, monkeypatch):
     monkeypatch.setattr(page, "CELLS", [(3, -1)])
     monkeypatch.setattr(page, "MAIN", (3, -1))
     monkeypatch.setattr(page, "SEEDED", [(3, -1)])
+    monkeypatch.setattr(page, "TUNED", {(3, -1): "--mapping-rate 0.01"})
     monkeypatch.setattr(page, "ablations", lambda: {"mapping": ["--period 1"], "filtering": ["--tau 1e9"]})
     shutil.copy(page.README, tmp_path)
     for name in ("STORE", "PLOT", "PAGE", "README"):
@@ -38,7 +39,7 @@ def small(toy, text, tmp_path, monkeypatch):
 
 def test_what_is_missing_is_measured_and_the_rest_is_kept(small, tmp_path):
     first, *others = wanted = page.wanted()
-    assert len(wanted) == 2 * (3 + 2) + 4 + 2 * 3 + 4
+    assert len(wanted) == 2 * (3 + 2) + 4 + 2 * 3 + 4 + 2
     assert call(results.main, *small, "--runs", 1).code == 2  # too little for a page
     store = json.loads((tmp_path / "results.json").read_text())
     assert list(store["runs"]) == [first] and store["runs"][first]["perplexity"].keys() == {
@@ -58,6 +59,7 @@ def test_what_is_missing_is_measured_and_the_rest_is_kept(small, tmp_path):
     assert "All runs were made" in text and "original has 1234.50; rtn has 12.00 and 12.00" in " ".join(text.split())
     assert "The lowest is flexbcq's in 0 of 2 full lines." in text  # 14 of flexround is below 100
     assert "| `--seed 1` | 110.00 (+10.0%) | 100.00 (+0.0%) |" in text
+    assert "| 3 bits, a row | `--mapping-rate 0.01` | 14.00 | 100.00 |" in text
     rtn = runs[missing[0]]["perplexity"]["rtn"]
     table = next(line for line in text.splitlines() if line.startswith("| 3 bits, a row |"))
     assert f"| {rtn:,.1f} |" in table and table in (tmp_path / "README.md").read_text()
