@@ -28,9 +28,9 @@ ABLATED = "--samples 64"  # of the bundled model, which takes a minute a run
 ABLATED_BITS = (2, 3)
 
 
-def options(method: str, bits: int, group_size: int, windows: str = FEW, seed: str = "") -> str:
+def options(method: str, bits: int, group_size: int, windows: str = FEW, switch: str = "") -> str:
     """Of a run on SmolLM2."""
-    return f"{SETTING} {windows}--method {method} --bits {bits} --group-size {group_size} {seed}".strip()
+    return f"{SETTING} {windows}--method {method} --bits {bits} --group-size {group_size} {switch}".strip()
 
 
 def ablation(bits: int, switch: str = "") -> str:
@@ -206,8 +206,7 @@ def plots(runs: dict) -> None:
 
 def summary(runs: dict) -> str:
     few, whole = (perplexity(runs, options("rtn", *MAIN, windows), "original") for windows in (FEW, WHOLE))
-    end = f" ({whole:.2f} on the whole test set)" if whole else ""
-    return f"{main_table(runs)}\n\nThe original has {few:.2f}{end}.\n"
+    return f"{main_table(runs)}\n\nThe original has {few:.2f} ({whole:.2f} on the whole test set).\n"
 
 
 def markdown(store: dict) -> str:
