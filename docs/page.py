@@ -3,6 +3,7 @@
 import math
 import re
 import statistics
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -18,9 +19,8 @@ README, MARKS = HERE / "README.md", ("<!-- table -->\n\n", "\n<!-- end of table 
 SAMPLES, EPOCHS = 24, 2  # so many steps a block are their product
 SETTING = f"--samples {SAMPLES} --seq-len 512 --epochs {EPOCHS} --eval-seq-len 2048"  # of SmolLM2
 FEW, WHOLE = "--eval-windows 8 ", ""  # of the test set
-CELLS = [(bits, group_size) for bits in (3, 2, 4) for group_size in (64, -1)]
+CELLS = [(bits, group_size) for group_size in (64, -1) for bits in (3, 4, 2)]
 MAIN = (3, 64)  # the cell that the original is measured with
-MEASURED_WHOLE = [MAIN, (3, -1)]  # cells with the whole test set, too
 SEEDED = [MAIN, (4, 64)]  # cells with three seeds
 SEEDS = ["--seed 1", "--seed 2"]  # besides 0
 TUNED = {(2, -1): "--mapping-rate 0.01", (4, 64): "--mapping-rate 0.0025"}  # cells with another learning rate, too
@@ -60,7 +60,7 @@ def wanted(with_model: bool = True) -> list[str]:
     switches = ["", *SEEDS, *(switch for group in ablations().values() for switch in group)]
     bundled = [ablation(bits, switch) for bits in ABLATED_BITS for switch in switches]
     table = [options(method, *cell) for cell in CELLS for method in METHODS]
-    whole = [options(method, *cell, WHOLE) for cell in MEASURED_WHOLE for method in reversed(METHODS)]
+    whole = [options(method, *cell, WHOLE) for cell in CELLS for method in reversed(METHODS)]
     seeds = [
         options(method, *cell, FEW, seed) for cell in SEEDED for seed in SEEDS for method in METHODS if method != "rtn"
     ]
@@ -104,8 +104,7 @@ def name_of(bits: int, group_size: int) -> str:
 def main_table(runs: dict) -> str:
     """Perplexities, the lowest of a full line in bold, and a sentence on who has it and how clearly."""
     rows, margins = [("perplexity", "bits per weight", *METHODS)], []
-    few = [(cell, FEW) for cell in sorted(CELLS, reverse=True)]
-    for cell, windows in few + [(cell, WHOLE) for cell in MEASURED_WHOLE]:
+    for windows, cell in product((FEW, WHOLE), sorted(CELLS, reverse=True)):
         found = values(runs, cell, windows)
         measured = {method: statistics.mean(v) for method, v in found.items() if v}
         if measured:

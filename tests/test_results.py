@@ -28,7 +28,6 @@ def small(toy, text, tmp_path, monkeypatch):
     monkeypatch.setattr(page, "ABLATED", f"--model {toy} --text {tmp_path / 'wiki.valid.tokens'} {short}")
     monkeypatch.setattr(page, "CELLS", [(3, -1)])
     monkeypatch.setattr(page, "MAIN", (3, -1))
-    monkeypatch.setattr(page, "MEASURED_WHOLE", [(3, -1)])
     monkeypatch.setattr(page, "SEEDED", [(3, -1)])
     monkeypatch.setattr(page, "TUNED", {(3, -1): "--mapping-rate 0.01"})
     monkeypatch.setattr(page, "ablations", lambda: {"mapping": ["--period 1"], "filtering": ["--tau 1e9"]})
