@@ -139,20 +139,17 @@ def plot(records: list[dict], title: str, path: Path) -> None:
     figure.savefig(path, dpi=120, format="png")
 
 
-def stored_bits(checkpoint: Checkpoint) -> float:
-    """Of a weight that is quantized or to be, in the files, alpha and shift counted."""
-    with torch.device("meta"):
-        weights = sum(linear.weight.numel() for linear in linears(Block(checkpoint.config)).values())
+def stored_bits(checkpoint: Checkpoint, weights: int) -> float:
+    """Of a weight that is quantized or to be, `weights` in a block, in the files; alpha and shift counted."""
     return 8 * checkpoint.n_bytes(lambda name: "_proj." in name) / (checkpoint.config.num_hidden_layers * weights)
 
 
-def print_table(perplexities: dict[str, float], n_bits: int, source: Checkpoint, written: Checkpoint) -> None:
+def print_table(perplexities: dict[str, float], n_bits: int, weights: int, source: Checkpoint, written: Checkpoint):
     """A line per model: perplexity, stored bits per quantized weight, size of the weight files."""
     print(f"\n{'':20}{'perplexity':>12}{'bits per weight':>18}{'files':>12}")
     for name, value in perplexities.items():
         label, of = (name, source) if name == "original" else (f"{name}, {n_bits} bits", written)
-        size = sum(file.stat().st_size for file in of.shards()) / 1e6
-        print(f"{label:20}{value:12.3f}{stored_bits(of):18.3f}{size:9.1f} MB")
+        print(f"{label:20}{value:12.3f}{stored_bits(of, weights):18.3f}{of.file_size() / 1e6:9.1f} MB")
 
 
 def prepare(args: argparse.Namespace) -> tuple[Checkpoint, Training]:
@@ -203,7 +200,7 @@ def memory(device: torch.device) -> tuple[int, int]:
 def check_space(checkpoint: Checkpoint, weights: int, bits: float, args: argparse.Namespace) -> None:
     """Print what will be needed on the host. Raises ValueError if there is less of it."""
     config, partial = checkpoint.config, args.out.with_name(args.out.name + ".partial")
-    stored = sum(file.stat().st_size for file in checkpoint.shards())
+    stored = checkpoint.file_size()
     if not args.dequantized:
         linear = checkpoint.n_bytes(lambda name: name.endswith("_proj.weight"))
         stored += config.num_hidden_layers * weights * bits / 8 - linear
@@ -278,14 +275,14 @@ def run(args: argparse.Namespace) -> None:
             written = Checkpoint(folder)
             found[args.method] = perplexity(written, windows, args.device, label=args.method)
             report |= {"text": eval_name, "eval_seq_len": args.eval_seq_len, "eval_windows": len(windows)}
-            report |= {"bits_per_weight": stored_bits(written), "peak_bytes": peak_bytes()}
+            report |= {"bits_per_weight": stored_bits(written, weights), "peak_bytes": peak_bytes()}
             report |= {"seconds": time.time() - start, "versions": versions}
             report |= {"cpu_seconds": time.process_time()}  # without those of killed processes
             write_json(folder / REPORT, report)
             with whole_file(folder / "calibration.png") as temporary:
                 plot(report["blocks"], f"{args.method}, {args.bits} bits", temporary)
     if parallel.rank() == 0:
-        print_table(found, args.bits, checkpoint, Checkpoint(args.out))
+        print_table(found, args.bits, weights, checkpoint, Checkpoint(args.out))
         print(
             f"{eval_name}, seq_len {args.eval_seq_len}, {len(windows)} windows; {report['seconds']:.0f} seconds; "
             f"wrote {args.out}"

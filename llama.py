@@ -339,6 +339,10 @@ class Checkpoint:
             raise ValueError(f"{self.folder / index}: {outside[0]!r:.60} is not a file name; download it again")
         return [self.folder / name for name in names]
 
+    def file_size(self) -> int:
+        """Bytes of the weight files."""
+        return sum(file.stat().st_size for file in self.shards())
+
     def _read_headers(self) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
         """Of every tensor by name: its file, dtype and shape."""
         stored = {}

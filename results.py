@@ -115,7 +115,7 @@ def measure_all(store: dict, args: argparse.Namespace) -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         futures = [pool.submit(keep, chosen) for chosen in missing]
         try:
-            for future in tqdm(as_completed(futures), total=len(missing), unit="run"):
+            for future in tqdm(as_completed(futures), total=len(missing), unit="run", disable=not missing):
                 future.result()
         finally:  # after an error, begin no other run; those that have begun are kept
             pool.shutdown(cancel_futures=True)
