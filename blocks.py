@@ -13,12 +13,13 @@ import os
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import parallel
 from eval import batches
@@ -27,23 +28,28 @@ from kernel import BCQLinear
 from llama import Block, Checkpoint, linears
 
 
+def switch(default: float, low: float, high: float, text: str):
+    """A field that only an ablation changes: its smallest and largest value, what it does."""
+    return field(default=default, metadata={"range": (low, high), "help": text})
+
+
 @dataclass
 class Training:
-    """How the quantizers of a block are made and trained: as in the paper, n_ratios and importance apart."""
+    """How the quantizers of a block are made and trained: as in the paper but for learn_shift, n_ratios, importance."""
 
     epochs: int = 20  # passes over the samples
     batch_size: int = 1  # sequences in a step, of all processes together
     seed: int = 0  # of samples, order and mixing
-    mapping_rate: float = 5e-3  # learning rate of scale, s_elem and s_row, falling to 0 as a cosine
-    level_rate: float = 5e-4  # learning rate of alpha and shift, likewise
-    period: int = 2  # steps from one mapping to the next
-    local: bool = True  # a new mapping compares a level with its neighbours only
-    tau: float = 1.0  # no gradient where the level is farther away than tau times the smallest alpha
-    learn_shift: bool = True  # the shift is trained like alpha
-    original_input: float = 0.5  # share of input elements that come from the original model
-    n_ratios: int = 10  # clipping ratios that the initialization tries
-    n_rounds: int = 15  # of alternating update, from each
-    importance: bool = True  # initialize for the inputs the layers see; the paper looks at the weights alone
+    mapping_rate: float = switch(5e-3, 0, 1, "learning rate of scale, s_elem and s_row, falling to 0 as a cosine")
+    level_rate: float = switch(5e-4, 0, 1, "learning rate of alpha and shift, likewise")
+    period: int = switch(2, 1, math.inf, "steps from one mapping to the next")
+    local: bool = switch(True, 0, 1, "a new mapping compares a level with its neighbours only, not with all")
+    tau: float = switch(1.0, 0, 1e9, "gradients flow where the level is at most so many times the smallest alpha away")
+    learn_shift: bool = switch(True, 0, 1, "the shift is trained like alpha")
+    original_input: float = switch(0.5, 0, 1, "share of the input elements that come from the original model")
+    n_ratios: int = switch(10, 1, math.inf, "clipping ratios that the initialization tries")
+    n_rounds: int = switch(15, 0, math.inf, "of alternating update, from each; 0: uniform levels, as rtn has them")
+    importance: bool = switch(True, 0, 1, "initialize for the inputs that the layers see, not for the weights alone")
 
 
 def is_trained(method: str) -> bool:
@@ -94,13 +100,13 @@ def activations(shape: tuple[int, ...], folder: str | None) -> Tensor:
 def forward(block: Block, x: Tensor, rope: tuple[Tensor, Tensor], out: Tensor) -> None:
     """Write the block's output on x to out, which may be x; both (samples, seq_len, hidden_size) on the host."""
     for part, place in zip(batches(x), batches(out)):
-        place.copy_(block(part.to(rope[0].device, torch.float32), *rope))
+        place.copy_(block(part.to(rope[0].device).float(), *rope).bfloat16())  # half the bytes to and from a GPU
 
 
 @contextmanager
 def input_squares(layers: dict[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
-    """By name of each layer the sum of squares of every input, (in_features,): of what the layers are run on while this
-    is open, averaged over the processes at the end."""
+    """By name of each layer, (in_features,): the sum of squares of each input over all tokens that pass while this is
+    open; at the end, the mean of these sums over the processes."""
     names = {linear: name for name, linear in layers.items()}
     squares = {name: linear.weight.new_zeros(linear.in_features).double() for linear, name in names.items()}
 
@@ -121,10 +127,10 @@ def output_error(block: Block, x: Tensor, rope: tuple[Tensor, Tensor], target: T
     replace: write the output over x"""
     error = 0.0
     for part, wanted in zip(batches(x), batches(target)):
-        y = block(part.to(rope[0].device, torch.float32), *rope)
-        error += F.mse_loss(y, wanted.to(y), reduction="sum").item()
+        y = block(part.to(rope[0].device).float(), *rope)
+        error += F.mse_loss(y, wanted.to(y.device).float(), reduction="sum").item()
         if replace:
-            part.copy_(y)
+            part.copy_(y.bfloat16())
     return parallel.mean(error / x.numel())
 
 
@@ -157,7 +163,7 @@ def train_block(
         original, quantized = (x[chosen] for x in inputs)
         draws = torch.stack([torch.rand(original.shape[1:], generator=g) for g in generators])
         mixed = torch.where(draws < settings.original_input, original, quantized)
-        loss = F.mse_loss(block(mixed.to(device, torch.float32), *rope), target[chosen].to(device, torch.float32))
+        loss = F.mse_loss(block(mixed.to(device).float(), *rope), target[chosen].to(device).float())
         if not math.isfinite(loss.item()):
             raise ValueError(f"the loss is {loss.item()} at step {step}")
         loss.backward()
@@ -178,14 +184,18 @@ def moves(before: list[Tensor], after: list[Tensor], n_bits: int) -> list[float]
     return (counts / counts.sum()).tolist()
 
 
-def quantize_block(checkpoint, i, *arguments) -> tuple[dict[str, BCQLinear], dict]:
-    """Block i from float to bit-planes. Returns its packed layers and its record. Raises ValueError naming the block.
+def quantize_block(
+    checkpoint: Checkpoint, i: int, inputs: tuple[Tensor, Tensor], target: Tensor, rope: tuple[Tensor, Tensor], args,
+    settings: Training, bar: tqdm,
+) -> tuple[dict[str, BCQLinear], dict]:  # fmt: skip
+    """Block i from float to bit-planes. Returns its packed layers and its record, seconds and losses. Raises ValueError
+    naming the block.
 
     inputs: from the original blocks (untouched) and from the quantized ones (replaced by those of the next block)
     target: an empty tensor like them, which takes the original block's output
-    rope, args (the command line), settings, bar (of tqdm)"""
+    args: method, bits, group_size and device are read; bar: moved on by each layer initialized and each step"""
     try:
-        return _quantize_block(checkpoint, i, *arguments)
+        return _quantize_block(checkpoint, i, inputs, target, rope, args, settings, bar)
     except ValueError as error:
         raise ValueError(f"model.layers.{i}: {error}") from None
 
@@ -195,21 +205,22 @@ def _quantize_block(checkpoint, i, inputs, target, rope, args, settings, bar):
     block = checkpoint.block(i, device=args.device)
     with input_squares(linears(block) if settings.importance else {}) as importance:
         forward(block, original, rope, out=target)
-    initializing, quantizers, choice = time.time(), {}, (args.method, args.bits, args.group_size)
+    begun, quantizers, choice = time.time(), {}, (args.method, args.bits, args.group_size)
     for name, quantizer in quantize_layers(checkpoint, block, i, *choice, settings, importance):
         quantizers[name] = quantizer
         bar.update()
-    training = time.time()
-    record = {"loss_before": output_error(block, quantized, rope, target)}
+    record = {"initializing": time.time() - begun, "training": 0.0}
+    record["loss_before"] = output_error(block, quantized, rope, target)
     bar.set_postfix_str(f"loss {record['loss_before']:.3e}")
     if is_trained(args.method):
         seed, before = settings.seed * 100_003 + i, [q.ranks() for q in quantizers.values()]
+        begun = time.time()
         train_block(block, list(quantizers.values()), inputs, target, rope, settings, seed, bar.update)
+        record["training"] = time.time() - begun
         record["moves"] = moves(before, [q.ranks() for q in quantizers.values()], args.bits)
-    trained = time.time()
     packed = pack_layers(block, quantizers)
     for layer in packed.values():
         parallel.agree(layer.state_dict().values())
     record["loss_after"] = output_error(block, quantized, rope, target, replace=True)
-    record |= {"seconds": time.time() - start, "initializing": training - initializing, "training": trained - training}
+    record["seconds"] = time.time() - start
     return packed, record

@@ -32,18 +32,7 @@ from llama import Block, Checkpoint, linears, rope_tables, whole_file, write_jso
 from resume import REPORT, dequantize_blocks, read_block, resumable, write_block, write_rest
 
 QUICK_EPOCHS = 1  # for the bundled model: less than three minutes on two CPU cores
-SWITCHES = {  # the fields of Training that only an ablation changes: smallest and largest value, what they do
-    "mapping_rate": (0, 1, "learning rate of scale, s_elem and s_row"),
-    "level_rate": (0, 1, "learning rate of alpha and shift"),
-    "period": (1, math.inf, "steps from one mapping to the next"),
-    "local": (0, 1, "a new mapping compares a level with its neighbours only, not with all"),
-    "tau": (0, 1e9, "gradients flow where the level is at most so many times the smallest alpha away"),
-    "learn_shift": (0, 1, "the shift is trained like alpha"),
-    "original_input": (0, 1, "share of the input elements that come from the original model"),
-    "n_ratios": (1, math.inf, "clipping ratios that the initialization tries"),
-    "n_rounds": (0, math.inf, "of alternating update, from each"),
-    "importance": (0, 1, "initialize for the inputs that the layers see; the paper looks at the weights alone"),
-}
+SWITCHES = [f for f in fields(Training) if f.metadata]
 
 
 def calibrate(checkpoint: Checkpoint, ids: Tensor, args, settings: Training, folder: Path, report: dict) -> None:
@@ -67,10 +56,10 @@ def calibrate(checkpoint: Checkpoint, ids: Tensor, args, settings: Training, fol
             inputs = original, quantized
             packed, record = quantize_block(checkpoint, i, inputs, target, rope, args, settings, bar)
             original, target = target, original
+            records.append(record)
             if parallel.rank() == 0:
                 write_block(checkpoint, i, packed, folder)
-                write_json(folder / REPORT, report | {"blocks": [*records, record]})
-            records.append(record)
+                write_json(folder / REPORT, report)
             left = sum(r["seconds"] for r in records) / len(records) * (n_blocks - i - 1) / 60
             bar.set_postfix_str(
                 "loss {loss_before:.3e} -> {loss_after:.3e}".format(**record) + f", {left:.1f} min left"
@@ -140,7 +129,7 @@ def plot(records: list[dict], title: str, path: Path) -> None:
 
 
 def stored_bits(checkpoint: Checkpoint, weights: int) -> float:
-    """Of a weight that is quantized or to be, `weights` in a block, in the files; alpha and shift counted."""
+    """Of a weight of the blocks' linear layers in the files, alpha and shift counted. weights: how many in a block."""
     return 8 * checkpoint.n_bytes(lambda name: "_proj." in name) / (checkpoint.config.num_hidden_layers * weights)
 
 
@@ -175,8 +164,9 @@ def prepare(args: argparse.Namespace) -> tuple[Checkpoint, Training]:
         args.epochs = QUICK_EPOCHS if checkpoint.folder.resolve() == TINY else Training.epochs
     if args.batch_size is None:
         args.batch_size = parallel.world() * Training.batch_size
-    counts = dict.fromkeys(("samples", "epochs", "batch_size", "eval_windows"), (1, math.inf, ""))
-    for name, (low, high, _) in (counts | {"seed": (0, 2**32 - 1, "")} | SWITCHES).items():
+    ranges = dict.fromkeys(("samples", "epochs", "batch_size", "eval_windows"), (1, math.inf))
+    ranges |= {"seed": (0, 2**32 - 1)} | {switch.name: switch.metadata["range"] for switch in SWITCHES}
+    for name, (low, high) in ranges.items():
         if not low <= getattr(args, name) <= high:
             wanted = f"choose {low} to {high}" if high < math.inf else f"must be at least {low}"
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: {wanted}")
@@ -229,12 +219,13 @@ def rehearse(checkpoint: Checkpoint, samples: Tensor, windows: Tensor, args, set
     few = samples[: 4 * settings.batch_size]
     rope = rope_tables(config, args.seq_len, args.device)
     *inputs, target = first_inputs(checkpoint, parallel.share(few), None)
-    short = replace(settings, epochs=1)
+    short, stamps = replace(settings, epochs=1), []
     with tqdm(disable=True) as bar:
+        bar.update = lambda: stamps.append(time.time())
         record = quantize_block(checkpoint, 0, inputs, target, rope, args, short, bar)[1]
     steps = is_trained(args.method) * args.samples * args.epochs // args.batch_size
     per_sample = (record["seconds"] - record["initializing"] - record["training"]) / len(few)
-    per_step = record["training"] / (len(few) // args.batch_size)
+    per_step = (stamps[-1] - stamps[-3]) / 2 if steps else 0  # of the last two, with a new mapping and without
     seconds = record["initializing"] + per_sample * args.samples + per_step * steps
     peak, total = memory(args.device)
     print(f"{args.device}: {peak / 1e9:.1f} GB of {total / 1e9:.1f} GB at the peak")
@@ -292,7 +283,8 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Quantize a Llama (a Hugging Face folder) and write it as a packed checkpoint folder.",
-        epilog="The defaults of training are the paper's; for the bundled model, one epoch instead of 20.",
+        epilog="The defaults of training are the paper's, with a trained shift and a wider initialization; for the "
+        "bundled model, one epoch instead of 20.",
     )
     add = parser.add_argument
     add("--model", default=TINY, help="checkpoint folder (default: the bundled models/tiny)")
@@ -302,7 +294,8 @@ def main() -> None:
     add("--group-size", type=int, default=-1, help="weights sharing alpha and shift, a multiple of 32; -1: the row "
         "(default: %(default)s)")  # fmt: skip
     add("--text", help="UTF-8 file to calibrate on (default: the Python standard library)")
-    add("--eval-text", help="UTF-8 file for perplexity (default: the last tenth of --text, not calibrated on then)")
+    add("--eval-text", help="UTF-8 file for perplexity (default: the last tenth of --text, else files held out of "
+        "the library)")  # fmt: skip
     add("--eval-seq-len", type=int, help="tokens per window of it (default: as --seq-len)")
     add("--eval-windows", type=int, default=2**30, help="measure only on so many, from the start (default: all)")
     add("--baselines", action=argparse.BooleanOptionalAction, default=True, help="measure the original and rtn too "
@@ -317,11 +310,11 @@ def main() -> None:
         "for other software")  # fmt: skip
     add("--offload", help="keep activations in this folder, on a disk, instead of memory")
     add("--dry-run", action="store_true", help="check everything, print what it takes, and stop")
-    switches = parser.add_argument_group("switches, for ablations").add_argument
-    for name, (*_, text) in SWITCHES.items():
-        default = getattr(Training, name)
-        kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
-        switches(f"--{name.replace('_', '-')}", default=default, help=f"{text} (default: {default})", **kind)
+    group = parser.add_argument_group("switches, for ablations")
+    for switch in SWITCHES:
+        kind = {"action": argparse.BooleanOptionalAction} if switch.type is bool else {"type": switch.type}
+        text = f"{switch.metadata['help']} (default: {switch.default})"
+        group.add_argument(f"--{switch.name.replace('_', '-')}", default=switch.default, help=text, **kind)
     guarded(run, parser)
 
 

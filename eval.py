@@ -126,7 +126,8 @@ def perplexity(
 def generate(
     checkpoint: Checkpoint, tokenizer: Tokenizer, prompt: str, n_tokens: int, device
 ) -> tuple[str, float, float]:
-    """The prompt greedily continued, tokens per second, and gigabytes of weights read in that time per second.
+    """The prompt greedily continued; tokens per second, the reading of the prompt included; gigabytes of weights read
+    in that time, per second.
 
     Every token reads every weight once. The original runs in float32 on a CPU and in bfloat16 on a GPU; of a packed
     model embedding and head stay bfloat16 on a CPU too."""

@@ -34,6 +34,7 @@ Whatever was learned, `fold` turns it into plain BCQ: w^ = sum_i alpha*_i b_i + 
 """
 
 import argparse
+import itertools
 import multiprocessing
 import sys
 import time
@@ -50,12 +51,15 @@ METHODS = {  # name -> (learn_mapping, learn_levels)
     "flexround": (True, False),
     "flexbcq": (True, True),
 }
-PART = 2**18  # weights worked on at a time, so that what is computed from them stays in a CPU's cache
 
 
-def parts(*tensors: Tensor):
-    """The same runs of about PART weights from each tensor (n_groups, ...); the first one is (n_groups, group_size)."""
-    return zip(*(t.split(max(1, PART // tensors[0].shape[1])) for t in tensors))
+def parts(*tensors: Tensor | None):
+    """The same runs of groups from each tensor (n_groups, ...), None from None; the first is (n_groups, group_size).
+
+    So many weights at a time that what is computed from them stays in a CPU's cache, or keeps a GPU busy."""
+    n_weights = 2**18 if tensors[0].device.type == "cpu" else 2**22
+    n_groups = max(1, n_weights // tensors[0].shape[1])
+    return zip(*(itertools.repeat(None) if t is None else t.split(n_groups) for t in tensors))
 
 
 # ------------------------------------------------------------------------------------------------ levels and mapping
@@ -87,14 +91,14 @@ def midpoints(sorted_levels: Tensor) -> Tensor:
 def nearest(v: Tensor, alpha: Tensor, shift: Tensor) -> Tensor:
     """Direct mapping: the code of the nearest level. v: (n_groups, group_size) -> codes, same shape, uint8."""
     values, order = levels(alpha, shift).sort(dim=1)  # order[g, r]: the code of the r-th smallest level
-    rank = torch.searchsorted(midpoints(values), v.contiguous())  # levels below v
+    rank = torch.searchsorted(midpoints(values), v.contiguous())  # midpoints below v: the place of the nearest level
     return order.to(torch.uint8).gather(1, rank)
 
 
 def nearest_nearby(v: Tensor, codes: Tensor, alpha: Tensor, shift: Tensor) -> Tensor:
     """Local mapping: the nearest among the present level and its two neighbours by value. Shapes as in `nearest`.
 
-    differs: the released code takes codes +- 1 for neighbours, which is by value only while alphas are in order."""
+    The released code takes codes +- 1 for neighbours, which is by value only while alphas are in order."""
     values, order = levels(alpha, shift).sort(dim=1)
     rank = order.argsort(dim=1)  # rank[g, c]: the place of code c by value
     order = order.to(torch.uint8)
@@ -179,16 +183,16 @@ def initialize(
     w: Tensor, n_bits: int, n_ratios: int, n_rounds: int, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Unified initialization: over `n_ratios` clipping ratios, uniform levels improved by `n_rounds` of alternating
-    update; per group the best by squared error stays. w, importance: (n_groups, group_size) float.
+    update; per group the best by squared error stays. Without a round: uniform levels as RTN has them, with an integer
+    zero_point and 0 in the range. w, importance: (n_groups, group_size) float.
 
     Returns scale, zero_point (n_groups, 1) and, in units of scale, alpha (n_groups, n_bits) and shift (n_groups, 1)."""
-    part_by_part = parts(w) if importance is None else parts(w, importance)
-    found = torch.cat([_initialize_part(n_bits, n_ratios, n_rounds, *part) for part in part_by_part])
+    found = torch.cat([_initialize_part(n_bits, n_ratios, n_rounds, *part) for part in parts(w, importance)])
     # parameters must be contiguous: a fused Adam walks over their memory without looking at strides
     return tuple(x.contiguous() for x in found.to(w.dtype).split((1, 1, n_bits, 1), dim=1))
 
 
-def _initialize_part(n_bits: int, n_ratios: int, n_rounds: int, w: Tensor, importance: Tensor | None = None) -> Tensor:
+def _initialize_part(n_bits: int, n_ratios: int, n_rounds: int, w: Tensor, importance: Tensor | None) -> Tensor:
     groups = SortedGroups(w, importance)
     alpha_uniform, shift_uniform = uniform_levels(n_bits, w)
     best, best_error = None, torch.inf
@@ -214,8 +218,9 @@ class Quantize(torch.autograd.Function):
 
     Rounding has no useful derivative, so the map passes gradients straight through: dq/dv = 1, and dq/dalpha_i = b_i
     with the codes held fixed (Bengio et al. 2013). Where |v - q| > tau * min |alpha_i| the level is too far away for
-    that to be true and nothing flows, neither to v nor to the levels (gradient filtering; with tau = 1, for uniform
-    levels, these are exactly the clipped weights). With u = v - zero_point = w / (scale * s_elem * s_row), g = dL/dw^:
+    that to be true and nothing flows, neither to v nor to the levels (gradient filtering; with tau = 1 and uniform
+    levels, just after a mapping, these are exactly the clipped weights).
+    With u = v - zero_point = w / (scale * s_elem * s_row), g = dL/dw^:
 
         g_v            = g * scale                                  where not filtered, else 0
         dL/dlog s_elem = -g_v * u
@@ -241,7 +246,7 @@ class Quantize(torch.autograd.Function):
         g_log_s = torch.empty_like(g)
         sums = [gradients(*part, ctx.tau) for part in parts(g_log_s, g, *ctx.saved_tensors)]
         g_scale, g_alpha, g_shift = map(torch.cat, zip(*sums))
-        return None, g_scale, None, g_log_s, g_alpha, g_shift, None, None
+        return None, g_scale, None, g_log_s if ctx.needs_input_grad[3] else None, g_alpha, g_shift, None, None
 
 
 def gradients(g_log_s, g, w, scale, log_s_elem, alpha, codes, quantized, tau):

@@ -142,10 +142,10 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
     return frequency * (keep + (1 - keep) / rope["factor"])
 
 
-def rope_tables(config: LlamaConfig, length: int, device=None, start: int = 0) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotation angles of `length` positions from `start` on, each (length, head_dim) float32; the
-    two halves of a head rotate alike."""
-    angles = torch.outer(torch.arange(start, start + length).float(), rope_frequencies(config)).repeat(1, 2)
+def rope_tables(config: LlamaConfig, length: int, device=None) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotation angles of the first `length` positions, each (length, head_dim) float32; the two
+    halves of a head rotate alike."""
+    angles = torch.outer(torch.arange(length).float(), rope_frequencies(config)).repeat(1, 2)
     return angles.cos().to(device), angles.sin().to(device)
 
 
@@ -254,11 +254,16 @@ class Llama(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, ids: Tensor, caches: list[KVCache] | None = None) -> Tensor:
-        """ids: (batch, length) int64 -> logits (batch, length, vocab_size)."""
+    def forward(
+        self, ids: Tensor, caches: list[KVCache] | None = None, rope: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """ids: (batch, length) int64 -> logits (batch, length, vocab_size).
+
+        rope: of `rope_tables`, long enough for what the caches hold and ids; computed if not given"""
         start = caches[0].length if caches else 0
+        end = start + ids.shape[1]
         x = self.model.embed_tokens(ids).to(self.model.norm.weight.dtype)
-        cos, sin = (table.to(x.dtype) for table in rope_tables(self.config, ids.shape[1], ids.device, start))
+        cos, sin = (t[start:end].to(x.dtype) for t in rope or rope_tables(self.config, end, ids.device))
         for i, block in enumerate(self.model.layers):
             x = block(x, cos, sin, caches[i] if caches else None)
         return self.lm_head(self.model.norm(x).to(self.lm_head.weight.dtype))
@@ -268,9 +273,11 @@ class Llama(nn.Module):
         """Greedy continuation with a KV cache. ids: (batch, length) int64 -> (batch, length + n_tokens)."""
         length, like = ids.shape[1] + n_tokens, self.model.norm.weight
         caches = [KVCache(self.config, ids.shape[0], length, like) for _ in self.model.layers]
-        new = ids
+        new, rope = ids, rope_tables(self.config, length, ids.device)
         for _ in range(n_tokens):
-            new = self(new, caches)[:, -1].max(-1, keepdim=True).indices  # (batch, 1); quicker than argmax on a CPU
+            new = (
+                self(new, caches, rope)[:, -1].max(-1, keepdim=True).indices
+            )  # (batch, 1); quicker than argmax on a CPU
             ids = torch.cat((ids, new), dim=1)
         return ids
 
@@ -297,7 +304,8 @@ STORED = {  # dtype of a module's tensor -> what it may be in a file
 
 class Checkpoint:
     """A Hugging Face folder; tensors are memory-mapped when asked for. Raises OSError or ValueError with one line
-    naming file or tensor. Name, dtype and shape of every tensor are checked here, before anything is computed."""
+    naming file or tensor. Name, dtype and shape of every tensor are checked here, before anything is computed; one that
+    the model has no place for is an error too, since it means another model."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -371,6 +379,10 @@ class Checkpoint:
                 raise ValueError(f"{self.folder}: {name} has shape {shape}, config.json says {tuple(t.shape)}")
             if dtype not in STORED[t.dtype]:
                 raise ValueError(f"{self.folder}: {name} is {dtype}, supported is {' or '.join(STORED[t.dtype])}")
+        unused = ("lm_head.weight", "rotary_emb.inv_freq")  # of a tied model; of early Llamas
+        for name in sorted(self._stored.keys() - expected.keys()):
+            if not name.endswith(unused):
+                raise ValueError(f"{self.folder}: tensor {name} has no place in the model that config.json describes")
 
     def _found(self, name: str) -> tuple[Path, str, tuple[int, ...]]:
         if name not in self._stored:
@@ -460,8 +472,8 @@ class Checkpoint:
             model = Llama(self.config)
         model.model.embed_tokens = self.embedding(head_dtype or dtype, device)
         model.model.layers = nn.ModuleList(self.block(i, dtype, device) for i in range(self.config.num_hidden_layers))
-        model.model.norm, _ = self.head(dtype, device)
-        _, model.lm_head = self.head(head_dtype or dtype, device)
+        model.model.norm, lm_head = self.head(dtype, device)
+        model.lm_head = lm_head.to(head_dtype or dtype)
         if self.config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model

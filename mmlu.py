@@ -24,7 +24,7 @@ LETTERS = "ABCD"
 
 
 def read_questions(path: Path) -> list[list[str]]:
-    """The lines of a file: [question, A, B, C, D, letter]. Raises OSError or ValueError naming file and line."""
+    """The lines of a file: [question, A, B, C, D, letter]. Raises OSError or ValueError naming file and question."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))
@@ -65,7 +65,7 @@ def fitting(tokenizer: Tokenizer, subject: str, shots: list[list[str]], question
         ids = tokenizer.encode(prompt(subject, shots[:n], question)).ids
         if len(ids) <= seq_len:
             return torch.tensor(ids)
-    raise ValueError(f"{subject}: a question of {len(ids)} tokens does not fit into {seq_len}; give a larger --seq-len")
+    raise ValueError(f"{subject}: a question of {len(ids)} tokens does not fit into --seq-len {seq_len}; give more")
 
 
 @torch.inference_mode()
@@ -94,6 +94,8 @@ def accuracy(
     questions = [(s, row) for s in names for row in read_questions(folder / "test" / f"{s}_test.csv")[:limit]]
     shots = {s: read_questions(folder / "dev" / f"{s}_dev.csv")[:n_shots] if n_shots else [] for s in names}
     letters = [tokenizer.encode(f"Answer: {letter}").ids[-1] for letter in LETTERS]
+    for subject, row in questions:  # whether it fits at all, before the first is asked
+        fitting(tokenizer, subject, [], row, seq_len)
     prompts = (checkpoint.check_ids(fitting(tokenizer, s, shots[s], row, seq_len)) for s, row in questions)
     found = defaultdict(lambda: (0, 0))
     bar = tqdm(zip(questions, last_logits(model, prompts, seq_len)), total=len(questions), unit="question", leave=False)

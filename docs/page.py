@@ -83,9 +83,10 @@ def perplexity(runs: dict, chosen: str, model: str) -> float | None:
 
 
 def values(runs: dict, cell: tuple[int, int], windows: str) -> dict[str, list[float]]:
-    """Perplexities of a line of the table by method, a value for each seed that was measured for all (rtn has none)."""
-    whole = [s for s in SEEDS if all(options(m, *cell, windows, s) in runs for m in METHODS if m != "rtn")]
-    found = {m: [perplexity(runs, options(m, *cell, windows, seed), m) for seed in ("", *whole)] for m in METHODS}
+    """Perplexities of a line of the table by method, a value for each seed that was measured for all; rtn, which draws
+    nothing, has that of seed 0."""
+    complete = [s for s in SEEDS if all(options(m, *cell, windows, s) in runs for m in METHODS if m != "rtn")]
+    found = {m: [perplexity(runs, options(m, *cell, windows, seed), m) for seed in ("", *complete)] for m in METHODS}
     return {method: [value for value in of if value is not None] for method, of in found.items()}
 
 
@@ -248,7 +249,7 @@ What a run costs in processor time, with checks and evaluation:
 On the bundled model, one thing changed at a time: `python calibrate.py {ABLATED} --bits BITS SWITCH`, a minute each on
 a laptop. Perplexity, and what it is above the default's. The original has {bundled[0]["perplexity"]["original"]:.2f};
 rtn has {" and ".join(f"{run['perplexity']['rtn']:.2f}" for run in bundled)}. Differences like those between
-seeds, in the last two lines, say nothing.
+seeds, in the last two lines, say nothing. `--n-rounds 0` starts from rtn's levels, with an integer zero-point.
 
 {ablation_table(runs)}
 

@@ -265,6 +265,16 @@ def test_backward_by_hand_is_autograd_of_the_plain_formula(n_bits, tau):
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_levels_learn_the_same_with_and_without_a_mapping_to_learn():
+    weight, x = torch.randn(8, 64), torch.randn(5, 64)
+    layers = [FlexBCQLinear(weight, 3, 32, *METHODS[method]) for method in ("bcq", "flexbcq")]
+    for layer in layers:
+        layer(x).square().sum().backward()
+    assert layers[0].alpha.grad.abs().min() > 0
+    for name in ("alpha", "shift"):
+        torch.testing.assert_close(*(getattr(layer, name).grad for layer in layers))
+
+
 def test_filtering_of_uniform_levels_is_the_clipping_of_their_range():
     layer = FlexBCQLinear(torch.randn(8, 64), 3, -1, *METHODS["flexround"], n_ratios=50)
     layer.quantized_weight().sum().backward()

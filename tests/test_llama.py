@@ -187,3 +187,17 @@ def test_missing_misshapen_and_infinite_tensors_are_named(folder):
     edit_tensors(folder, lambda t: t.pop(name))
     with pytest.raises(ValueError, match=f"tensor {name} is in none of the files"):
         Checkpoint(folder).block(1)
+
+
+def test_tensors_of_another_model_are_named(folder):
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}  # computed anew
+    edit_tensors(folder, lambda t: t.update(old))
+    Checkpoint(folder)
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    edit_tensors(folder, lambda t: t.update({bias: torch.ones(64)}))
+    with pytest.raises(ValueError, match=f"tensor {bias} has no place in the model"):
+        Checkpoint(folder)
+    edit_tensors(folder, lambda t: t.pop(bias))
+    edit_config(folder, num_hidden_layers=1)
+    with pytest.raises(ValueError, match="tensor model.layers.1.input_layernorm.weight has no place"):
+        Checkpoint(folder)

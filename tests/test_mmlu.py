@@ -99,7 +99,7 @@ def test_packed_model_answers_like_its_planes(data, model, text, tmp_path):
     [
         (["--shots", -1], "--shots -1: must be at least 0"),
         (["--limit", 0], "--limit 0: must be at least 1"),
-        (["--seq-len", 20], "tokens does not fit into 20; give a larger --seq-len"),
+        (["--seq-len", 20], "tokens does not fit into --seq-len 20; give more"),
         (["--mmlu", "."], ".: has no test/SUBJECT_test.csv"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -116,6 +116,14 @@ def test_a_damaged_file_is_named_with_the_question(line, data, model, tmp_path):
         file.write(line)
     result = call(main, "--model", model, "--mmlu", folder)
     assert result.code == 2 and "code_dev.csv: question 6 is not question, A, B, C, D, letter" in result.err
+
+
+def test_a_question_that_is_too_long_is_named_before_the_first_is_asked(data, model, tmp_path):
+    folder = shutil.copytree(data, tmp_path / "data")
+    with open(folder / "test" / "short_words_test.csv", "a") as file:
+        file.write(f"{'long ' * 600},a,b,c,d,A")
+    result = call(main, "--model", model, "--mmlu", folder)
+    assert result.code == 2 and "does not fit into --seq-len" in result.err and "question/s" not in result.err
 
 
 def test_a_missing_file_is_named(data, model, tmp_path):

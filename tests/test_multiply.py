@@ -183,6 +183,19 @@ def test_an_environment_variable_forces_a_path(afresh, monkeypatch):
         paths("cpu")
 
 
+def test_what_a_compiler_complains_of_is_said(afresh, monkeypatch, capfd, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        "#!/bin/sh\nfor x; do [ $x = -c ] && echo 'a.cpp:1: error: not today' && exit 1; done; c++ \"$@\""
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setattr(kernel, "BUILD", tmp_path)
+    monkeypatch.setenv("CXX", str(compiler))
+    afresh()
+    assert paths("cpu") == ["torch"]
+    assert capfd.readouterr().err.endswith("no compiled kernels (a.cpp:1: error: not today): on with plain PyTorch\n")
+
+
 def test_without_a_compiler_one_line_is_said_and_plain_pytorch_runs(afresh, monkeypatch, capfd, tmp_path):
     monkeypatch.setattr(kernel, "BUILD", tmp_path)
     monkeypatch.setenv("CXX", "no-such-compiler")
