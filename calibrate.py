@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 import parallel
 from blocks import Training, activations, forward, is_trained, pack_layers, quantize_block, quantize_layers
-from eval import TINY, batches, check_device, cut, default_device, guarded
-from eval import load_text, load_tokenizer, perplexity, resolve_seq_len, tokenize
+from command import check_device, default_device, guarded
+from eval import TINY, batches, cut, load_text, load_tokenizer, perplexity, resolve_seq_len, tokenize
 from flexbcq import METHODS, peak_bytes
 from kernel import BCQLinear
-from llama import Block, Checkpoint, linears, rope_tables, whole_file, write_json
+from llama import Block, Checkpoint, linears, rope_tables, side_files, whole_file, write_json
 from resume import REPORT, dequantize_blocks, read_block, resumable, write_block, write_rest
 
 QUICK_EPOCHS = 1  # for the bundled model: less than three minutes on two CPU cores
@@ -44,7 +44,7 @@ def calibrate(checkpoint: Checkpoint, ids: Tensor, args, settings: Training, fol
         return
     rope = rope_tables(checkpoint.config, ids.shape[1], args.device)
     original, quantized, target = first_inputs(checkpoint, parallel.share(ids), args.offload)
-    for i in tqdm(range(len(records)), desc="finished blocks again, forward only", unit="block", leave=False):
+    for i in tqdm(range(len(records)), desc="finished blocks again, forward only", leave=False, disable=not records):
         block = checkpoint.block(i, device=args.device)
         forward(block, original, rope, out=original)
         for name, layer in read_block(checkpoint, i, folder, args).items():
@@ -154,6 +154,10 @@ def prepare(args: argparse.Namespace) -> tuple[Checkpoint, Training]:
         raise OSError(f"--out {args.out}: give the name of a new folder")
     if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
         raise OSError(f"--out {args.out}: exists and is not empty; delete it or choose another folder")
+    if args.out.is_symlink() or args.out.is_mount():
+        raise OSError(f"--out {args.out}: is a link or a mount point; give the name of a new folder inside it")
+    for file in side_files(checkpoint.folder):
+        file.open("rb").close()  # to be copied at the end
     if not os.access(args.out.parent, os.W_OK | os.X_OK):
         raise OSError(f"--out {args.out}: {args.out.parent} is no folder that can be written to; create it first")
     args.seq_len = resolve_seq_len(args.seq_len, checkpoint)

@@ -13,7 +13,6 @@ one block and of the activations.
 
 import argparse
 import math
-import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import mmlu
-import parallel
+from command import check_device, default_device, guarded
 from kernel import BCQLinear
 from llama import Block, Checkpoint, rope_tables
 
@@ -169,20 +168,6 @@ def answer_questions(checkpoint: Checkpoint, tokenizer: Tokenizer, args, seq_len
     return mmlu.table(found)
 
 
-def check_device(name: str) -> torch.device:
-    """Raises ValueError if PyTorch cannot use this device here."""
-    try:
-        probe = torch.zeros(1, device=name)
-        probe.item()
-        return probe.device  # of "cuda" with its number
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
-
-
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def resolve_seq_len(asked: int | None, checkpoint: Checkpoint, option: str = "--seq-len") -> int:
     """The window: as asked, else 2048, or the model's context if smaller. Raises ValueError beyond the context."""
     context = checkpoint.config.max_position_embeddings
@@ -207,30 +192,6 @@ def run(args: argparse.Namespace) -> None:
     windows = cut(tokenize(tokenizer, text, name, seq_len), seq_len)
     result = perplexity(checkpoint, windows, device)
     print(f"perplexity {result:.4f} ({name}, seq_len {seq_len}, {len(windows)} windows)")
-
-
-def guarded(run: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
-    """Parse the command line and run; whatever is the user's to mend ends in one line on stderr and exit code 2."""
-    parser.error = lambda message: sys.exit(fail(message))
-    try:
-        run(parser.parse_args())
-        parallel.stop()
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        sys.exit(fail(error))
-    except RuntimeError as error:
-        # PyTorch has a type of its own for want of memory on GPUs only, and none for another process that ended
-        if "can't allocate memory" not in str(error) and parallel.world() == 1:
-            raise
-        sys.exit(fail(error))
-    except KeyboardInterrupt as error:
-        error.args = ("interrupted",)
-        sys.exit(fail(error, code=130))
-
-
-def fail(error: object, code: int = 2) -> int:
-    """One line, whatever the message holds, with the notes that were added to the error on its way."""
-    parallel.report("\nerror: " + " ".join("; ".join([str(error), *getattr(error, "__notes__", ())]).split()))
-    return code
 
 
 def main() -> None:

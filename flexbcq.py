@@ -43,6 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from command import guarded
 from kernel import BCQLinear, columns_per_group
 
 METHODS = {  # name -> (learn_mapping, learn_levels)
@@ -411,11 +412,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure initialization and a training step of one weight matrix.")
     parser.add_argument("--size", type=int, default=2048, help="rows and columns (default: %(default)s)")
     parser.add_argument("--group-size", type=int, default=-1, help="-1: a row (default: %(default)s)")
-    args = parser.parse_args()
-    try:
-        group_size = columns_per_group(args.size, args.group_size)
-    except ValueError as error:
-        parser.error(str(error))
+    guarded(run, parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    group_size = columns_per_group(args.size, args.group_size)
     print(f"one {args.size} x {args.size} weight, groups of {group_size}, {torch.get_num_threads()} threads")
     jobs = [(f"initialization, n_ratios={n}", _measure_initialization, n) for n in (1, 10, 50)]
     jobs += [("forward + backward", _measure_training, 4)]

@@ -25,6 +25,7 @@ The environment variable FLEXBCQ_KERNEL=NAME forces one. The kernels are compile
 """
 
 import argparse
+import fcntl
 import functools
 import itertools
 import os
@@ -40,6 +41,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from command import check_device, default_device, guarded
 
 TILE = 32  # rows side by side, and columns in a word
 MAX_BATCH = 8  # tokens that the kernels take at once
@@ -122,14 +125,17 @@ def library() -> ModuleType | None:
 
         os.environ["PATH"] += os.pathsep + ninja.BIN_DIR  # not on it in a virtual environment that is not activated
         BUILD.mkdir(parents=True, exist_ok=True)
-        built = sorted(BUILD.glob("*.so"))
-        if not built or built[0].stat().st_mtime < max(file.stat().st_mtime for file in sources):
-            print(f"compiling {', '.join(file.name for file in sources)}, once, about a minute ...", file=sys.stderr)
-            (BUILD / "lock").unlink(missing_ok=True)  # a killed build leaves one, and the next would wait for it
-        return cpp_extension.load(
-            "flexbcq_kernel", list(map(str, sources)), build_directory=str(BUILD), with_cuda=with_cuda,
-            extra_cflags=flags, extra_cuda_cflags=["-O3"],
-        )  # fmt: skip
+        with open(BUILD / "in_use", "w") as in_use:
+            fcntl.flock(in_use, fcntl.LOCK_EX)  # one process at a time; ends with it, however that ends
+            # PyTorch has a lock of its own: a process that is killed leaves it, and the next would wait for ever
+            (BUILD / "lock").unlink(missing_ok=True)
+            built = sorted(BUILD.glob("*.so"))
+            if not built or built[0].stat().st_mtime < max(file.stat().st_mtime for file in sources):
+                print(f"compiling {', '.join(f.name for f in sources)}, once, about a minute ...", file=sys.stderr)
+            return cpp_extension.load(
+                "flexbcq_kernel", list(map(str, sources)), build_directory=str(BUILD), with_cuda=with_cuda,
+                extra_cflags=flags, extra_cuda_cflags=["-O3"],
+            )  # fmt: skip
     except Exception as error:  # whatever it is, plain PyTorch does the same, slower
         said = str(error).splitlines()
         reason = next((line for line in said if "error: " in line), said[0])  # a compiler's is not the first line
@@ -317,9 +323,16 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def positive(text: str) -> int:
+    """For argparse."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def shape(text: str) -> tuple[int, int]:
     """ "8192x28672" -> (8192, 28672)."""
-    out_features, in_features = map(int, text.split("x"))
+    out_features, in_features = map(positive, text.split("x"))
     return out_features, in_features
 
 
@@ -329,21 +342,17 @@ def main() -> None:
     add("--shapes", nargs="+", type=shape, default=[(8192, 28672), (14336, 4096)], help="rows x columns of the weight "
         "(default: 8192x28672 14336x4096)")  # fmt: skip
     add("--bits", nargs="+", type=int, default=[2, 3, 4], help="(default: 2 3 4)")
-    add("--batch", nargs="+", type=int, default=[1, 4, 8], help="tokens at once (default: 1 4 8)")
+    add("--batch", nargs="+", type=positive, default=[1, 4, 8], help="tokens at once (default: 1 4 8)")
     add("--group-size", type=int, default=128, help="-1: a row (default: %(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
-    add("--rounds", type=int, default=15, help="measurements each, the median counts (default: %(default)s)")
+    add("--device", default=default_device(), help="(default: %(default)s)")
+    add("--rounds", type=positive, default=15, help="measurements each, the median counts (default: %(default)s)")
     add("--out", default="benchmark", help="writes OUT.md and OUT.png (default: %(default)s)")
-    args = parser.parse_args()
-    try:
-        run(args)
-    except (ValueError, RuntimeError, OSError) as error:
-        parser.error(str(error).splitlines()[0])
+    guarded(run, parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    cuda = args.device.startswith("cuda")
-    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    cuda = check_device(args.device).type == "cuda"
+    name = torch.cuda.get_device_name(args.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
     title = f"{name}, groups of {args.group_size}, path {paths('cuda' if cuda else 'cpu')[0]}"
     rows, jobs = [], [(shape, n_bits) for shape in args.shapes for n_bits in args.bits]
     with torch.inference_mode():
@@ -351,9 +360,9 @@ def run(args: argparse.Namespace) -> None:
             rows += measure(*job, args)
     lines = [list(rows[0]), ["---:"] * len(rows[0]), *(map(str, row.values()) for row in rows)]
     table = f"{title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    print(table)
     Path(args.out + ".md").write_text(table, "utf-8")
     plot(rows, Path(args.out + ".png"))
-    print(table)
 
 
 if __name__ == "__main__":

@@ -320,6 +320,7 @@ class Checkpoint:
         except ValueError as error:
             raise ValueError(f"{self.folder / 'config.json'}: {error}") from None
         self._stored = self._read_headers()
+        self.tied = self.config.tie_word_embeddings and "lm_head.weight" not in self._stored
         self._check()
 
     def _json(self, name: str) -> dict:
@@ -371,7 +372,7 @@ class Checkpoint:
             raise ValueError(f"{self.folder}: holds bit-planes, but config.json has no quantization_config")
         with torch.device("meta"):
             expected = self._with_planes(Llama(self.config), "").state_dict()
-        if self.config.tie_word_embeddings:
+        if self.tied:
             del expected["lm_head.weight"]
         for name, t in expected.items():
             _, dtype, shape = self._found(name)
@@ -379,9 +380,8 @@ class Checkpoint:
                 raise ValueError(f"{self.folder}: {name} has shape {shape}, config.json says {tuple(t.shape)}")
             if dtype not in STORED[t.dtype]:
                 raise ValueError(f"{self.folder}: {name} is {dtype}, supported is {' or '.join(STORED[t.dtype])}")
-        unused = ("lm_head.weight", "rotary_emb.inv_freq")  # of a tied model; of early Llamas
         for name in sorted(self._stored.keys() - expected.keys()):
-            if not name.endswith(unused):
+            if not name.endswith("rotary_emb.inv_freq"):  # of early Llamas: computed anew
                 raise ValueError(f"{self.folder}: tensor {name} has no place in the model that config.json describes")
 
     def _found(self, name: str) -> tuple[Path, str, tuple[int, ...]]:
@@ -461,9 +461,8 @@ class Checkpoint:
         with torch.device("meta"):
             norm = RMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
             lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
-        tied = self.config.tie_word_embeddings
         self._fill(norm, "model.norm.", dtype, device)
-        self._fill(lm_head, "model.embed_tokens." if tied else "lm_head.", dtype, device)
+        self._fill(lm_head, "model.embed_tokens." if self.tied else "lm_head.", dtype, device)
         return nn.Sequential(norm, lm_head)
 
     def model(self, dtype=torch.float32, device="cpu", head_dtype: torch.dtype | None = None) -> Llama:
@@ -474,7 +473,7 @@ class Checkpoint:
         model.model.layers = nn.ModuleList(self.block(i, dtype, device) for i in range(self.config.num_hidden_layers))
         model.model.norm, lm_head = self.head(dtype, device)
         model.lm_head = lm_head.to(head_dtype or dtype)
-        if self.config.tie_word_embeddings:
+        if self.tied:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model
 
@@ -517,14 +516,18 @@ def write_json(path: Path, content: dict) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
+def side_files(folder: Path) -> list[Path]:
+    """What belongs to a model besides config and weights: tokenizer, generation settings."""
+    files = [f for f in folder.iterdir() if f.suffix in (".json", ".model", ".jinja", ".txt") and f.is_file()]
+    return [f for f in files if f.name not in ("config.json", "calibration.json") and "safetensors" not in f.name]
+
+
 def write_config(folder: Path, config: dict, source: Path | None = None) -> None:
-    """Write `config.json` and, with `source`, copy what else belongs to a model: tokenizer, generation settings."""
+    """Write `config.json` and, with `source`, copy its side files."""
     write_json(folder / "config.json", config)
-    for file in source.iterdir() if source else ():
-        ours = file.name == "config.json" or "safetensors" in file.name or file.name.startswith("calibration.")
-        if file.suffix in (".json", ".model", ".jinja", ".txt") and not ours:
-            with whole_file(folder / file.name) as temporary:
-                shutil.copy(file, temporary)
+    for file in side_files(source) if source else ():
+        with whole_file(folder / file.name) as temporary:
+            shutil.copy(file, temporary)
 
 
 def write_index(folder: Path) -> None:

@@ -26,7 +26,7 @@ LETTERS = "ABCD"
 def read_questions(path: Path) -> list[list[str]]:
     """The lines of a file: [question, A, B, C, D, letter]. Raises OSError or ValueError naming file and question."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.reader(file))
     except OSError as error:
         raise OSError(f"{path}: cannot read the questions ({error.strerror}); is it the published folder?") from None

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from blocks import Training, quantize_layers, train_block
+from command import check_device, default_device, guarded
 from docs import page
-from eval import check_device, default_device, guarded
 from llama import Checkpoint, rope_tables, write_json
 
 
@@ -124,8 +124,11 @@ def measure_all(store: dict, args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     store = json.loads(page.STORE.read_text("utf-8")) if page.STORE.exists() else {"runs": {}}
     if args.model:
-        if args.data is None or not (args.data / "wiki.test.raw").is_file():
+        names = "wiki.valid.tokens", "wiki.test.raw"
+        if args.data is None or not all((args.data / name).is_file() for name in names):
             raise OSError(f"--data {args.data}: no folder with wiki.valid.tokens and wiki.test.raw")
+    if args.jobs < 1 or (args.runs or 0) < 0:
+        raise ValueError(f"--jobs {args.jobs} --runs {args.runs}: at least 1 job and 0 runs")
     check_device(args.device)
     measure_all(store, args)
     if lacking := set(page.with_original()) - store["runs"].keys():

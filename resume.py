@@ -53,6 +53,7 @@ def read_report(partial: Path, begun: dict) -> dict:
         return begun | {"perplexity": {}, "blocks": []}
     try:
         report = json.loads((partial / REPORT).read_bytes())
+        len(report["blocks"]), len(report["perplexity"])
         pairs = [(key, report[part].get(key), now) for part in begun for key, now in begun[part].items()]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{partial / REPORT}: damaged ({error!r}); {start_again}") from None
@@ -96,7 +97,7 @@ def resumable(out: Path, settings: dict, source: Checkpoint, texts: dict[str, Te
             if n := len(json.loads(path.read_bytes())["blocks"]) if path.exists() else 0:
                 error.add_note(f"{partial} keeps {n} finished block{'s'[: n > 1]}: the same command goes on from there")
             else:
-                shutil.rmtree(partial)
+                shutil.rmtree(partial, ignore_errors=True)  # it may have its last name already
             raise
     finally:
         os.close(lock)

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from eval import TINY, guarded
+from command import guarded
+from eval import TINY
 from llama import Llama, LlamaConfig, write_config, write_tensors
 
 SIZES = {"8B": (4096, 14336, 32), "70B": (8192, 28672, 64)}  # hidden_size, intermediate_size, heads of Llama 3
 
 
 def run(args: argparse.Namespace) -> None:
-    args.folder.mkdir()
     hidden_size, intermediate_size, heads = SIZES[args.size]
     raw = json.loads((TINY / "config.json").read_text("utf-8"))
     raw |= {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_hidden_layers": args.blocks}
@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> None:
     raw |= {"max_position_embeddings": 8192, "tie_word_embeddings": False}
     with torch.device("meta"):
         model = Llama(LlamaConfig.from_dict(raw))
+    args.folder.mkdir()
     tensors = {}
     for name, t in model.state_dict().items():
         random = torch.empty(t.shape, dtype=torch.bfloat16).normal_(std=0.02)

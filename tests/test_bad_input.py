@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import calibrate
 import eval
+import kernel
 from llama import Checkpoint
 
 QUICK = ["--samples", "4", "--epochs", "1", "--group-size", "32", "--method", "rtn"]
@@ -167,6 +168,16 @@ OPTIONS = {  # of calibrate.py
     "output below a file": (["--out", f"{__file__}/out"], "is no folder that can be written to"),
     "output is a file": (["--out", __file__], "exists and is not empty"),
     "output name too long": (["--out", "x" * 300], "File name too long"),
+    "output is a mount point": (["--out", "/dev/shm"], "/dev/shm: "),
+    "output that is not UTF-8": (["--out", "x\udcff"], "not UTF-8"),
+}
+KERNEL_OPTIONS = {
+    "device": (["--device", "abacus"], "--device abacus: not usable"),
+    "shape of nothing": (["--shapes", "0x128"], "argument --shapes: invalid shape value: '0x128'"),
+    "no tokens": (["--batch", "0"], "argument --batch: invalid positive value: '0'"),
+    "no rounds": (["--rounds", "0"], "argument --rounds: invalid positive value: '0'"),
+    "bits": (["--bits", "9", "--shapes", "64x64"], "9 bits: choose 1 to 8"),
+    "group size": (["--group-size", "48", "--shapes", "64x64"], "cannot be cut into groups of 48"),
 }
 MODEL = {  # what is done to the folder of an original model
     "no config": (remove("config.json"), "no config.json in this folder"),
@@ -269,6 +280,7 @@ EVAL_OPTIONS = {
     "no tokens": (["--prompt", "x", "--tokens", "0"], "--tokens 0: must be at least 1"),
     "negative tokens": (["--prompt", "x", "--tokens", "-5"], "--tokens -5: must be at least 1"),
     "tokens are words": (["--tokens", "many"], "invalid int value"),
+    "prompt that is not UTF-8": (["--prompt", "caf\udce9"], "'caf\\udce9': not UTF-8"),
 }
 
 
@@ -327,6 +339,25 @@ def test_bad_text(case, toy, text, tmp_path):
 def test_bad_option_of_eval(case, toy, tmp_path):
     options, message = EVAL_OPTIONS[case]
     assert_refused(call(eval.main, "--model", toy, *options), message, tmp_path, {})
+
+
+@pytest.mark.parametrize("case", KERNEL_OPTIONS)
+def test_bad_option_of_the_kernel_benchmark(case, tmp_path):
+    options, message = KERNEL_OPTIONS[case]
+    assert_refused(call(kernel.main, "--out", tmp_path / "out", *options), message, tmp_path, {})
+
+
+def test_an_output_that_is_a_link_is_refused_at_once(toy, text, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    result = call(calibrate.main, "--model", toy, "--text", text, "--out", tmp_path / "link", *QUICK)
+    assert_refused(result, "link: is a link or a mount point", tmp_path, {})
+
+
+def test_a_link_to_nowhere_in_the_model_folder_is_not_copied(toy, text, tmp_path):
+    model = shutil.copytree(toy, tmp_path / "model")
+    (model / "tokenizer.model").symlink_to("nowhere")
+    result = call(calibrate.main, "--model", model, "--text", text, "--out", tmp_path / "out", *QUICK)
+    assert result.code == 0 and not (tmp_path / "out" / "tokenizer.model").exists()
 
 
 def test_prompt_with_tokens_the_model_does_not_know(toy, tmp_path):

@@ -73,6 +73,14 @@ def test_sharded_folder_loads_like_a_single_file(tmp_path):
     assert relative(Checkpoint(tmp_path).model()(ids), expected(ids).logits) < 1e-4
 
 
+@torch.inference_mode()
+def test_a_head_in_the_files_is_used_whatever_the_config_says(tmp_path):
+    expected, ids = oracle(KINDS["llama-3"], tmp_path), torch.randint(300, (1, 50))
+    assert "lm_head.weight" in load_file(tmp_path / "model.safetensors")
+    edit_config(tmp_path, tie_word_embeddings=True)
+    assert relative(Checkpoint(tmp_path).model()(ids), expected(ids).logits) < 1e-4
+
+
 @pytest.mark.parametrize(
     "old",
     [

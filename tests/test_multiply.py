@@ -183,6 +183,13 @@ def test_an_environment_variable_forces_a_path(afresh, monkeypatch):
         paths("cpu")
 
 
+def test_a_lock_that_a_killed_process_left_is_not_waited_for(afresh):
+    assert kernel.library() is not None
+    (kernel.BUILD / "lock").touch()
+    afresh()
+    assert kernel.library() is not None
+
+
 def test_what_a_compiler_complains_of_is_said(afresh, monkeypatch, capfd, tmp_path):
     compiler = tmp_path / "c++"
     compiler.write_text(

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from command import guarded
 from eval import standard_library_text
-from llama import Llama, LlamaConfig, write_config, write_tensors
+from llama import Llama, LlamaConfig, whole_file, write_config, write_tensors
 
 FOLDER = Path(__file__).parent
 CONFIG = {
@@ -98,12 +99,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2900, help=f"of {BATCH} x {SEQ_LEN} tokens (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    args = parser.parse_args()
-    torch.manual_seed(args.seed)
+    guarded(run, parser)
 
+
+def run(args: argparse.Namespace) -> None:
+    if args.steps < 1:
+        raise ValueError(f"--steps {args.steps}: must be at least 1")
+    torch.manual_seed(args.seed)
     text = standard_library_text(held_out=False)
     tokenizer = train_tokenizer(text)
-    tokenizer.save(str(FOLDER / "tokenizer.json"))
     train_ids = torch.tensor(tokenizer.encode(text).ids)
     held_out_ids = torch.tensor(tokenizer.encode(standard_library_text(held_out=True)).ids)
     print(f"{len(train_ids):,} training tokens, {len(held_out_ids):,} held-out tokens")
@@ -130,6 +134,8 @@ def main() -> None:
         if step % 1000 == 0 or step == args.steps:
             print(f"held-out perplexity {held_out_perplexity(model, held_out_ids):.3f}", flush=True)
             state = {name: p.to(torch.bfloat16) for name, p in model.state_dict().items() if name != "lm_head.weight"}
+            with whole_file(FOLDER / "tokenizer.json") as temporary:  # they go together
+                tokenizer.save(str(temporary))
             write_tensors(FOLDER / "model.safetensors", state)
             write_config(FOLDER, CONFIG)
 
