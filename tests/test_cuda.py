@@ -1,4 +1,5 @@
-"""kernel.cu, compiled by g++ for this CPU (tests/cuda_on_cpu.h), against float64 and against itself.
+"""kernel.cu, compiled by g++ for this CPU (tests/cuda_on_cpu.h) and for a GPU if there is one, against float64 and
+against itself.
 
 The cases need nothing but `multiply(path, layer, x) -> y`: a fixture, so that they run wherever one can be had.
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernel import BCQLinear, from_tiles, unpack
+from kernel import BCQLinear, from_tiles, library, unpack
 
 ROOT = Path(__file__).parent.parent
 AUTO, READABLE, FAST = range(3)
@@ -76,16 +77,16 @@ def numbers(path: int, layer: BCQLinear, x: torch.Tensor) -> list[int]:
 def multiply_on_cpu(tmp_path_factory):
     output = tmp_path_factory.mktemp("cuda") / "kernel.so"
     compile_for_cpu(output, "-shared", "-fPIC")
-    library = ctypes.CDLL(str(output))
-    library.bcq_matmul_cuda.restype = ctypes.c_char_p
-    library.bcq_matmul_workspace_bytes.restype = ctypes.c_size_t
+    compiled = ctypes.CDLL(str(output))
+    compiled.bcq_matmul_cuda.restype = ctypes.c_char_p
+    compiled.bcq_matmul_workspace_bytes.restype = ctypes.c_size_t
 
     def multiply(path, layer, x):
         size = len(x) * layer.out_features
         y = torch.full((size + 64,), torch.nan, dtype=x.dtype)
-        workspace = torch.full((library.bcq_matmul_workspace_bytes(layer.in_features),), 255, dtype=torch.uint8)
+        workspace = torch.full((compiled.bcq_matmul_workspace_bytes(layer.in_features),), 255, dtype=torch.uint8)
         tensors = layer.bit_planes, layer.alpha, layer.shift, x, y, workspace
-        error = library.bcq_matmul_cuda(
+        error = compiled.bcq_matmul_cuda(
             *(ctypes.c_void_p(t.data_ptr()) for t in tensors), *numbers(path, layer, x), None
         )
         if error:
@@ -96,7 +97,16 @@ def multiply_on_cpu(tmp_path_factory):
     return multiply
 
 
-@pytest.fixture(params=["cpu"])
+@pytest.fixture(scope="session")
+def multiply_on_gpu():
+    def multiply(path, layer, x):
+        tensors = (t.cuda() for t in (x, *layer.buffers()))  # bit_planes, alpha, shift
+        return library().multiply(*tensors, layer.out_features, ("cuda", "readable", "fast")[path]).cpu()
+
+    return multiply
+
+
+@pytest.fixture(params=["cpu"] + ["gpu"] * torch.cuda.is_available())
 def multiply(request):
     return request.getfixturevalue(f"multiply_on_{request.param}")
 
@@ -198,7 +208,7 @@ def test_auto_is_fast_where_it_can_be_and_readable_elsewhere(multiply):
 
 
 def test_a_batch_of_nine_is_refused(multiply):
-    with pytest.raises(ValueError, match="batch is not 1 to 8"):
+    with pytest.raises(ValueError, match="1 to 8"):
         multiply(AUTO, random_layer(3, 32, 128, 128), torch.randn(9, 128))
 
 
