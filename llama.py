@@ -275,9 +275,8 @@ class Llama(nn.Module):
         caches = [KVCache(self.config, ids.shape[0], length, like) for _ in self.model.layers]
         new, rope = ids, rope_tables(self.config, length, ids.device)
         for _ in range(n_tokens):
-            new = (
-                self(new, caches, rope)[:, -1].max(-1, keepdim=True).indices
-            )  # (batch, 1); quicker than argmax on a CPU
+            logits = self(new, caches, rope)[:, -1]
+            new = logits.max(-1, keepdim=True).indices  # (batch, 1); quicker than argmax on a CPU
             ids = torch.cat((ids, new), dim=1)
         return ids
 

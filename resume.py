@@ -53,7 +53,7 @@ def read_report(partial: Path, begun: dict) -> dict:
         return begun | {"perplexity": {}, "blocks": []}
     try:
         report = json.loads((partial / REPORT).read_bytes())
-        len(report["blocks"]), len(report["perplexity"])
+        len(report["blocks"]), len(report["perplexity"])  # are they there?
         pairs = [(key, report[part].get(key), now) for part in begun for key, now in begun[part].items()]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{partial / REPORT}: damaged ({error!r}); {start_again}") from None

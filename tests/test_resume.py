@@ -149,9 +149,12 @@ def test_changed_source_refuses_to_go_on_and_is_named(begun, toy, text, tmp_path
     assert result.code == 2 and "out.partial: was begun with model.safetensors " in result.err
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"settings": 3}', '{"settings": {}}'])
+@pytest.mark.parametrize("damage", ["{", "[]", '{"settings": 3}', '{"settings": {}}', "no blocks"])
 def test_damaged_report_is_named(damage, begun, toy, text):
-    (begun.parent / "out.partial" / REPORT).write_text(damage)
+    path = begun.parent / "out.partial" / REPORT
+    if damage == "no blocks":
+        damage = path.read_text().replace('"blocks"', '"stones"')
+    path.write_text(damage)
     result = call(main, *command(toy, text, begun))
     assert result.code == 2 and "calibration.json: damaged" in result.err and "to start again" in result.err
 
