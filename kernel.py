@@ -295,11 +295,7 @@ def measure(shape: tuple[int, int], n_bits: int, args: argparse.Namespace) -> li
         seconds = medians(contestants, device, args.rounds)
         us, speed, read = seconds["bcq"] * 1e6, size / seconds["bcq"] / 1e9, stream.nbytes / seconds["read"] / 1e9
         row = {"out x in": f"{out_features} x {in_features}", "bits": n_bits, "batch": batch}
-        row |= {
-            "us": f"{us:.{1 if us < 100 else 0}f}",
-            "GB/s": f"{speed:.1f}",
-            "% of read": f"{100 * speed / read:.0f}",
-        }
+        row |= {"us": f"{us:.{int(us < 100)}f}", "GB/s": f"{speed:.1f}", "% of read": f"{100 * speed / read:.0f}"}
         for dtype in dense:
             row[f"x F.linear {str(dtype)[6:]}"] = f"{seconds[str(dtype)] / seconds['bcq']:.1f}"
         rows.append(row | {"read GB/s": f"{read:.1f}"})
