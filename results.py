@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
     if args.model:
         names = "wiki.valid.tokens", "wiki.test.raw"
         if args.data is None or not all((args.data / name).is_file() for name in names):
-            raise OSError(f"--data {args.data}: no folder with wiki.valid.tokens and wiki.test.raw")
+            raise OSError(f"--data {args.data}: no folder with {' and '.join(names)}")
     if args.jobs < 1 or (args.runs or 0) < 0:
         raise ValueError(f"--jobs {args.jobs} --runs {args.runs}: at least 1 job and 0 runs")
     check_device(args.device)
