@@ -24,6 +24,8 @@ MAIN = (3, 64)  # the cell that the original is measured with
 SEEDED = [MAIN, (4, 64)]  # cells with three seeds
 SEEDS = ["--seed 1", "--seed 2"]  # besides 0
 TUNED = {(2, -1): "--mapping-rate 0.01", (4, 64): "--mapping-rate 0.0025"}  # cells with another learning rate, too
+LONGER_SAMPLES, LONGER_EPOCHS = 64, 4
+LONGER = dict.fromkeys([MAIN, (2, 64)], f"--samples {LONGER_SAMPLES} --epochs {LONGER_EPOCHS}")  # with more steps, too
 ABLATED = "--samples 64"  # of the bundled model, which takes a minute a run
 ABLATED_BITS = (2, 3)
 
@@ -64,8 +66,9 @@ def wanted(with_model: bool = True) -> list[str]:
     seeds = [
         options(method, *cell, FEW, seed) for cell in SEEDED for seed in SEEDS for method in METHODS if method != "rtn"
     ]
-    tuned = [options(method, *cell, FEW, rate) for cell, rate in TUNED.items() for method in ("flexround", "flexbcq")]
-    return bundled + (table + whole + seeds + tuned) * with_model
+    others = [*TUNED.items(), *LONGER.items()]
+    changed = [options(method, *cell, FEW, switch) for cell, switch in others for method in ("flexround", "flexbcq")]
+    return bundled + (table + whole + seeds + changed) * with_model
 
 
 # --------------------------------------------------------------------------------------------------------- writing it
@@ -126,11 +129,11 @@ The lowest is flexbcq's in {won} of {len(margins)} full lines. The narrowest mar
 {best} before {second} for {wins} of {len(pairs)} seed{"s"[: len(pairs) > 1]}."""
 
 
-def tuned_table(runs: dict) -> str:
-    """The trained methods at another learning rate of the mapping, seed 0."""
+def changed_table(runs: dict, switches: dict[tuple[int, int], str]) -> str:
+    """The trained methods as in the table of the four methods and with the switch of a cell, seed 0."""
     rows = [("perplexity", "", "flexround", "flexbcq")]
-    for cell, rate in TUNED.items():
-        for switch in ("", rate):
+    for cell, changed in switches.items():
+        for switch in ("", changed):
             found = [perplexity(runs, options(m, *cell, FEW, switch), m) for m in ("flexround", "flexbcq")]
             rows.append((name_of(*cell), switch and f"`{switch}`", *(f"{x:.2f}" if x else "" for x in found)))
     return lines(*rows)
@@ -236,9 +239,13 @@ Measured on {"; ".join(machines)}; torch {first["versions"]["torch"]}.
 ## The four methods
 
 {summary(runs)}
+With {LONGER_SAMPLES * LONGER_EPOCHS} steps a block, on {LONGER_SAMPLES} sequences, seed 0:
+
+{changed_table(runs, LONGER)}
+
 The learning rates are the paper's. With another one for the mapping, seed 0:
 
-{tuned_table(runs)}
+{changed_table(runs, TUNED)}
 
 What a run costs in processor time, with checks and evaluation:
 

@@ -30,6 +30,7 @@ def small(toy, text, tmp_path, monkeypatch):
     monkeypatch.setattr(page, "MAIN", (3, -1))
     monkeypatch.setattr(page, "SEEDED", [(3, -1)])
     monkeypatch.setattr(page, "TUNED", {(3, -1): "--mapping-rate 0.01"})
+    monkeypatch.setattr(page, "LONGER", {(3, -1): "--samples 8"})
     monkeypatch.setattr(page, "ablations", lambda: {"mapping": ["--period 1"], "filtering": ["--tau 1e9"]})
     shutil.copy(page.README, tmp_path)
     for name in ("STORE", "PLOT", "PAGE", "README"):
@@ -39,7 +40,7 @@ def small(toy, text, tmp_path, monkeypatch):
 
 def test_what_is_missing_is_measured_and_the_rest_is_kept(small, tmp_path):
     first, *others = wanted = page.wanted()
-    assert len(wanted) == 2 * (3 + 2) + 4 + 2 * 3 + 4 + 2
+    assert len(wanted) == 2 * (3 + 2) + 4 + 2 * 3 + 4 + 2 + 2
     assert call(results.main, *small, "--runs", 1).code == 2  # too little for a page
     store = json.loads((tmp_path / "results.json").read_text())
     assert list(store["runs"]) == [first] and store["runs"][first]["perplexity"].keys() == {
