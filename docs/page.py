@@ -24,8 +24,8 @@ MAIN = (3, 64)  # the cell that the original is measured with
 SEEDED = [MAIN, (4, 64)]  # cells with three seeds
 SEEDS = ["--seed 1", "--seed 2"]  # besides 0
 TUNED = {(2, -1): "--mapping-rate 0.01", (4, 64): "--mapping-rate 0.0025"}  # cells with another learning rate, too
-LONGER_SAMPLES, LONGER_EPOCHS = 64, 4
-LONGER = dict.fromkeys([MAIN, (2, 64)], f"--samples {LONGER_SAMPLES} --epochs {LONGER_EPOCHS}")  # with more steps, too
+LONGER_SAMPLES, LONGER_EPOCHS = 64, 4  # of cells with more steps, too
+LONGER = dict.fromkeys([(4, 64), MAIN, (2, 64)], f"--samples {LONGER_SAMPLES} --epochs {LONGER_EPOCHS}")
 ABLATED = "--samples 64"  # of the bundled model, which takes a minute a run
 ABLATED_BITS = (2, 3)
 
