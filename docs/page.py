@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from blocks import Training
+from blocks import Training, is_trained
 from flexbcq import METHODS, FlexBCQLinear
 from llama import whole_file
 
@@ -23,6 +23,7 @@ CELLS = [(bits, group_size) for group_size in (64, -1) for bits in (3, 4, 2)]
 MAIN = (3, 64)  # the cell that the original is measured with
 SEEDED = [MAIN, (4, 64)]  # cells with three seeds
 SEEDS = ["--seed 1", "--seed 2"]  # besides 0
+TRAINED = [method for method in METHODS if is_trained(method)]
 TUNED = {(2, -1): "--mapping-rate 0.01", (4, 64): "--mapping-rate 0.0025"}  # cells with another learning rate, too
 LONGER_SAMPLES, LONGER_EPOCHS = 64, 4  # of cells with more steps, too
 LONGER = dict.fromkeys([(4, 64), MAIN, (2, 64)], f"--samples {LONGER_SAMPLES} --epochs {LONGER_EPOCHS}")
@@ -67,7 +68,7 @@ def wanted(with_model: bool = True) -> list[str]:
         options(method, *cell, FEW, seed) for cell in SEEDED for seed in SEEDS for method in METHODS if method != "rtn"
     ]
     others = [*TUNED.items(), *LONGER.items()]
-    changed = [options(method, *cell, FEW, switch) for cell, switch in others for method in ("flexround", "flexbcq")]
+    changed = [options(method, *cell, FEW, switch) for cell, switch in others for method in TRAINED]
     return bundled + (table + whole + seeds + changed) * with_model
 
 
@@ -131,10 +132,10 @@ The lowest is flexbcq's in {won} of {len(margins)} full lines. The narrowest mar
 
 def changed_table(runs: dict, switches: dict[tuple[int, int], str]) -> str:
     """The trained methods as in the table of the four methods and with the switch of a cell, seed 0."""
-    rows = [("perplexity", "", "flexround", "flexbcq")]
+    rows = [("perplexity", "", *TRAINED)]
     for cell, changed in switches.items():
         for switch in ("", changed):
-            found = [perplexity(runs, options(m, *cell, FEW, switch), m) for m in ("flexround", "flexbcq")]
+            found = [perplexity(runs, options(m, *cell, FEW, switch), m) for m in TRAINED]
             rows.append((name_of(*cell), switch and f"`{switch}`", *(f"{x:.2f}" if x else "" for x in found)))
     return lines(*rows)
 
