@@ -4,322 +4,421 @@
     python calibrate.py --model FOLDER --text wiki.train.raw --eval-text wiki.test.raw --bits 3 --group-size 128
     torchrun --nproc-per-node 8 calibrate.py --model FOLDER ..               # with all GPUs of a machine
 
-What is done to each block stands in blocks.py; how a run that was killed goes on, in resume.py; how several processes
-share the work, in parallel.py. Here: the checks and the plan beforehand, the loop over the blocks, the report.
+For each decoder block: initialize its quantizers; train them so that the block, fed with what the quantized blocks
+before it produce, returns what the original model returns there; pack it. (Block by block as in BRECQ, Li et al. 2021;
+half of the inputs from the original model as in QDrop, Wei et al. 2022.)
+
+In memory are one block with its quantizers and, on the host, three sets of activations, (samples, seq_len,
+hidden_size) in bf16. Arithmetic is in float32. How a run that was killed is resumed is told in support/resume.py, how
+several processes share the work in support/parallel.py.
 """
 
 import argparse
 import math
 import os
 import platform
-import shutil
+import tempfile
 import time
-from dataclasses import asdict, fields, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Callable, Iterator
 
 import torch
-from matplotlib.figure import Figure
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from tqdm import tqdm
 
-import parallel
-from blocks import Training, activations, forward, is_trained, pack_layers, quantize_block, quantize_layers
-from command import check_device, default_device, guarded
-from eval import TINY, batches, cut, load_text, load_tokenizer, perplexity, resolve_seq_len, tokenize
-from flexbcq import METHODS, peak_bytes
+from eval import perplexity
+from flexbcq import METHODS, FlexBCQLinear
 from kernel import BCQLinear
-from llama import Block, Checkpoint, linears, rope_tables, side_files, whole_file, write_json
-from resume import REPORT, dequantize_blocks, read_block, resumable, write_block, write_rest
+from llama import Block, linears, rope_tables
+from support import parallel
+from support.checkpoint import Checkpoint, whole_file, write_json
+from support.command import guarded
+from support.data import batches, load_texts
+from support.plan import check_layers, check_space, peak_and_total, peak_bytes, plot, print_table, resolve, stored_bits
+from support.resume import REPORT, dequantize_blocks, read_block, resumable, write_block, write_rest
+from support.settings import Settings, add_options
 
-QUICK_EPOCHS = 1  # for the bundled model: less than three minutes on two CPU cores
-SWITCHES = [f for f in fields(Training) if f.metadata]
+N_LINEARS = 7  # in a block: q, k, v, o, gate, up, down
+
+# -------------------------------------------------------------------------------------------------------- activations
 
 
-def calibrate(checkpoint: Checkpoint, ids: Tensor, args, settings: Training, folder: Path, report: dict) -> None:
+@dataclass
+class Activations:
+    """What a block is calibrated on: (samples, seq_len, hidden_size) each, in bf16, on the host."""
+
+    original: Tensor  # output of the original blocks before it
+    quantized: Tensor  # output of the quantized blocks before it
+    target: Tensor  # what the original block makes of `original`; empty until it has done so
+    rope: tuple[Tensor, Tensor]  # cos and sin, on the device that computes
+
+    def next_block(self) -> None:
+        """The target of one block is the original input of the next."""
+        self.original, self.target = self.target, self.original
+
+
+def first_activations(checkpoint: Checkpoint, ids: Tensor, settings: Settings) -> Activations:
+    """Those of block 0: both inputs are the embeddings of ids, (samples, seq_len)."""
+    shape = (*ids.shape, checkpoint.config.hidden_size)
+    original, quantized, target = (empty_activations(shape, settings.offload) for _ in range(3))
+
+    table = checkpoint.embedding(torch.bfloat16)
+    for part, a, b in zip(batches(checkpoint.check_ids(ids)), batches(original), batches(quantized)):
+        a.copy_(table(part))
+        b.copy_(a)
+    return Activations(original, quantized, target, rope_tables(checkpoint.config, ids.shape[1], settings.device))
+
+
+def empty_activations(shape: tuple[int, ...], folder: Path | None) -> Tensor:
+    """An empty bf16 tensor, in memory or in a file of `folder`. Raises OSError if the disk is full.
+
+    The file loses its name at once and its space with the process: nothing is left behind, however that ends."""
+    if folder is None:
+        return torch.empty(shape, dtype=torch.bfloat16)
+
+    size = math.prod(shape)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        # all of it now: a write to a mapped file has no way to say "disk full"
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, 2 * size)
+        else:
+            for start in range(0, 2 * size, 2**20):
+                file.write(bytes(min(2**20, 2 * size - start)))
+            file.flush()
+        return torch.from_file(file.name, shared=True, size=size, dtype=torch.bfloat16).view(shape)
+
+
+@torch.inference_mode()
+def run_block(block: Block, x: Tensor, rope: tuple[Tensor, Tensor], out: Tensor) -> None:
+    """Write the block's output on x to out, which may be x; both (samples, seq_len, hidden_size) on the host."""
+    for part, place in zip(batches(x), batches(out)):
+        place.copy_(block(part.to(rope[0].device).float(), *rope).bfloat16())  # half the bytes to and from a GPU
+
+
+@torch.inference_mode()
+def output_error(
+    block: Block, x: Tensor, rope: tuple[Tensor, Tensor], target: Tensor, out: Tensor | None = None
+) -> float:
+    """Mean squared error of the block's output on x, averaged over the samples of all processes.
+
+    out: where the output goes, which may be x; None: nowhere"""
+    error = 0.0
+    for part, wanted, place in zip(batches(x), batches(target), batches(x if out is None else out)):
+        y = block(part.to(rope[0].device).float(), *rope)
+        error += F.mse_loss(y, wanted.to(y.device).float(), reduction="sum").item()
+        if out is not None:
+            place.copy_(y.bfloat16())
+    return parallel.mean(error / x.numel())
+
+
+# -------------------------------------------------------------------------------------------------------- one block
+
+
+@contextmanager
+def input_squares(layers: dict[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
+    """For each layer, (in_features,): the sum of squares of each input over all tokens that pass while this is open,
+    averaged over the processes at the end."""
+    squares = {name: linear.weight.new_zeros(linear.in_features).double() for name, linear in layers.items()}
+
+    def watch(name: str) -> Callable:
+        def add(linear: nn.Linear, inputs: tuple[Tensor]) -> None:
+            squares[name] += inputs[0].square().sum((0, 1), dtype=torch.float64)
+
+        return add
+
+    hooks = [linear.register_forward_pre_hook(watch(name)) for name, linear in layers.items()]
+    yield squares
+    for hook in hooks:
+        hook.remove()
+    parallel.average(squares.values())
+
+
+def quantize_layers(
+    checkpoint: Checkpoint,
+    block: Block,
+    i: int,
+    settings: Settings,
+    importance: dict[str, Tensor] | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, FlexBCQLinear]:
+    """Swap every linear layer of block i for a quantizer of the weight. Returns the quantizers by name.
+
+    importance: what `FlexBCQLinear` takes, by name; None: all columns count alike
+    advance: called after each layer"""
+    quantizers = {}
+    for name, linear in linears(block).items():
+        # the weight as it is stored: the block holds a copy in float32, twice the memory
+        weight = checkpoint.tensor(f"model.layers.{i}.{name}.weight").to(linear.weight.device)
+        quantizer = FlexBCQLinear(
+            weight,
+            settings.bits,
+            settings.group_size,
+            *METHODS[settings.method],
+            n_ratios=settings.n_ratios,
+            n_rounds=settings.n_rounds,
+            importance=importance[name] if importance else None,
+            tau=settings.tau,
+        )
+        if not settings.learn_shift:
+            quantizer.shift.requires_grad_(False)
+        block.set_submodule(name, quantizer)
+        quantizers[name] = quantizer
+        advance()
+    return quantizers
+
+
+def pack_layers(block: Block, quantizers: dict[str, FlexBCQLinear]) -> dict[str, BCQLinear]:
+    """Swap every quantizer for its bit-planes: from here on the numbers are those of the file."""
+    packed = {name: quantizer.pack() for name, quantizer in quantizers.items()}
+    for name, layer in packed.items():
+        block.set_submodule(name, layer)
+    return packed
+
+
+def train_block(
+    block: Block,
+    quantizers: list[FlexBCQLinear],
+    x: Activations,
+    settings: Settings,
+    seed: int,
+    advance: Callable[[], None] = lambda: None,
+) -> None:
+    """Adam on the mean squared error of the block's output; changes the quantizers in place.
+
+    seed: of the order of the samples and the mixing of inputs; advance: called after each step
+    Raises ValueError if the loss is not finite."""
+    mapping = {"params": [p for q in quantizers for p in q.mapping_parameters()], "lr": settings.mapping_rate}
+    levels = {"params": [p for q in quantizers for p in q.level_parameters()], "lr": settings.level_rate}
+    optimizer = torch.optim.Adam([mapping, levels], fused=True)
+    draws = parallel.Draws(len(x.target), settings.batch_size, settings.epochs, seed)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(draws))
+    device = x.rope[0].device
+
+    for step, (chosen, uniform) in enumerate(draws):
+        # every second step, choose the codes again
+        if step and step % settings.period == 0:
+            for quantizer in quantizers:
+                quantizer.remap(settings.local)
+
+        # half of the input elements come from the original model
+        original, quantized = x.original[chosen], x.quantized[chosen]  # (samples in the step, seq_len, hidden_size)
+        from_original = uniform(original.shape[1:]) < settings.original_input
+        mixed = torch.where(from_original, original, quantized)
+
+        # the quantized block shall answer like the original one
+        y = block(mixed.to(device).float(), *x.rope)
+        loss = F.mse_loss(y, x.target[chosen].to(device).float())
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"the loss is {loss.item()} at step {step}")
+
+        loss.backward()
+        parallel.average(p.grad for p in (*mapping["params"], *levels["params"]))
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        advance()
+
+
+@torch.inference_mode()
+def moves(before: list[Tensor], after: list[Tensor], n_bits: int) -> list[float]:
+    """Share of the weights whose level moved by 0, 1, 2, .. places. before, after: the `ranks` of each layer.
+
+    >>> moves([torch.tensor([0, 1, 2, 3])], [torch.tensor([0, 0, 3, 3])], n_bits=2)
+    [0.5, 0.5, 0.0, 0.0]"""
+    counts = torch.zeros(2**n_bits, dtype=torch.int64)
+    for old, new in zip(before, after):
+        moved = torch.maximum(old, new) - torch.minimum(old, new)  # uint8 has no sign
+        counts += torch.tensor([int((moved == distance).sum()) for distance in range(2**n_bits)])
+    return (counts / counts.sum()).tolist()
+
+
+def quantize_block(
+    checkpoint: Checkpoint,
+    i: int,
+    x: Activations,
+    settings: Settings,
+    advance: Callable[..., None] = lambda news="": None,
+) -> tuple[dict[str, BCQLinear], dict]:
+    """Block i from float to bit-planes. Returns its packed layers and its record: seconds and losses.
+
+    x: the activations of block i, which become those of block i + 1
+    advance: called after each layer initialized and each step, and with the loss before training
+    Raises ValueError if the loss is not finite or a layer cannot be packed."""
+    start = time.time()
+    block = checkpoint.block(i, device=settings.device)
+
+    # what the original block answers, and what its layers see
+    with input_squares(linears(block) if settings.importance else {}) as importance:
+        run_block(block, x.original, x.rope, out=x.target)
+
+    # levels and codes to start with
+    initializing = time.time()
+    quantizers = quantize_layers(checkpoint, block, i, settings, importance, advance)
+    record = {"initializing": time.time() - initializing, "training": 0.0}
+    record["loss_before"] = output_error(block, x.quantized, x.rope, x.target)
+    advance(f"loss {record['loss_before']:.3e}")
+
+    # training
+    if settings.is_trained:
+        ranks_before = [q.ranks() for q in quantizers.values()]
+        training = time.time()
+        train_block(block, list(quantizers.values()), x, settings, settings.seed * 100_003 + i, advance)
+        record["training"] = time.time() - training
+        record["moves"] = moves(ranks_before, [q.ranks() for q in quantizers.values()], settings.bits)
+
+    # bit-planes; on several processes, those of the first
+    packed = pack_layers(block, quantizers)
+    for layer in packed.values():
+        parallel.agree(layer.state_dict().values())
+
+    # on to the next block
+    record["loss_after"] = output_error(block, x.quantized, x.rope, x.target, out=x.quantized)
+    x.next_block()
+    record["seconds"] = time.time() - start
+    return packed, record
+
+
+# ------------------------------------------------------------------------------------------------------- all blocks
+
+
+def calibrate(checkpoint: Checkpoint, ids: Tensor, settings: Settings, folder: Path, report: dict) -> None:
     """Quantize every block, in order, and write it to `folder`; those in the report are finished already.
 
-    ids: (samples, seq_len); report: as in resume.py, here it gets a record per block"""
+    ids: (samples, seq_len); report: as in support/resume.py, here it gets a record per block"""
     n_blocks, records = checkpoint.config.num_hidden_layers, report["blocks"]
     if len(records) == n_blocks:
         return
-    rope = rope_tables(checkpoint.config, ids.shape[1], args.device)
-    original, quantized, target = first_inputs(checkpoint, parallel.share(ids), args.offload)
-    for i in tqdm(range(len(records)), desc="finished blocks again, forward only", leave=False, disable=not records):
-        block = checkpoint.block(i, device=args.device)
-        forward(block, original, rope, out=original)
-        for name, layer in read_block(checkpoint, i, folder, args).items():
-            block.set_submodule(name, layer.to(args.device))
-        forward(block, quantized, rope, out=quantized)
-    n_steps = settings.epochs * len(ids) // settings.batch_size if is_trained(args.method) else 0
+
+    # replay the blocks of an interrupted run
+    x = first_activations(checkpoint, parallel.share(ids), settings)
+    for i in tqdm(range(len(records)), desc="replaying finished blocks", leave=False, disable=not records):
+        block = checkpoint.block(i, device=settings.device)
+        run_block(block, x.original, x.rope, out=x.original)
+        for name, layer in read_block(checkpoint, i, folder, settings).items():
+            block.set_submodule(name, layer.to(settings.device))
+        run_block(block, x.quantized, x.rope, out=x.quantized)
+
     for i in range(len(records), n_blocks):
-        with tqdm(total=7 + n_steps, desc=f"block {i + 1}/{n_blocks}", unit="step") as bar:  # 7 linears to initialize
-            inputs = original, quantized
-            packed, record = quantize_block(checkpoint, i, inputs, target, rope, args, settings, bar)
-            original, target = target, original
+        with tqdm(total=N_LINEARS + settings.n_steps, desc=f"block {i + 1}/{n_blocks}", unit="step") as bar:
+            packed, record = quantize_block(checkpoint, i, x, settings, partial(show, bar))
             records.append(record)
             if parallel.rank() == 0:
                 write_block(checkpoint, i, packed, folder)
                 write_json(folder / REPORT, report)
+
             left = sum(r["seconds"] for r in records) / len(records) * (n_blocks - i - 1) / 60
-            bar.set_postfix_str(
-                "loss {loss_before:.3e} -> {loss_after:.3e}".format(**record) + f", {left:.1f} min left"
-            )
+            losses = f"loss {record['loss_before']:.3e} -> {record['loss_after']:.3e}"
+            bar.set_postfix_str(f"{losses}, {left:.1f} min left")
 
 
-def first_inputs(checkpoint: Checkpoint, ids: Tensor, folder: str | None) -> list[Tensor]:
-    """Three sets of activations (see blocks.py), two of them filled with the embeddings of ids: (samples, seq_len)."""
-    sets = [activations((*ids.shape, checkpoint.config.hidden_size), folder) for _ in range(3)]
-    table = checkpoint.embedding(torch.bfloat16)
-    for part, *places in zip(*(batches(x) for x in (checkpoint.check_ids(ids), *sets[:2]))):
-        for place in places:
-            place.copy_(table(part))
-    return sets
-
-
-def check_layers(checkpoint: Checkpoint, n_bits: int, group_size: int) -> tuple[int, float]:
-    """Weights to quantize in a block, and stored bits for each, alpha and shift counted.
-
-    Raises ValueError naming a layer that does not fit."""
-    with torch.device("meta"):
-        block = Block(checkpoint.config)
-    stored = weights = 0
-    for name, linear in linears(block).items():
-        try:
-            packed = BCQLinear(linear.in_features, linear.out_features, n_bits, group_size)
-        except ValueError as error:
-            raise ValueError(f"model.layers.0.{name}: {error}") from None
-        stored += sum(8 * t.numel() * t.element_size() for t in packed.state_dict().values())
-        weights += linear.weight.numel()
-    return weights, stored / weights
-
-
-def load_texts(checkpoint: Checkpoint, args: argparse.Namespace) -> tuple[Tensor, Tensor, str]:
-    """Calibration samples (samples, seq_len), evaluation windows (n_windows, eval_seq_len) and the name of their text.
-
-    Samples start at random places. Without --eval-text the last tenth of --text is kept for evaluation; of the
-    standard library it is every sixth window of the held-out files."""
-    tokenizer, every = load_tokenizer(checkpoint.folder), 1
-    text, name = load_text(args.text, held_out=False)
-    if args.text and not args.eval_text:
-        split = len(text) * 9 // 10
-        text, eval_text, eval_name = text[:split], text[split:], f"last tenth of {name}"
+def show(bar: tqdm, news: str = "") -> None:
+    """Move a progress bar on by one step, or write some news behind it."""
+    if news:
+        bar.set_postfix_str(news)
     else:
-        eval_text, eval_name = load_text(args.eval_text, held_out=True)
-        every = 1 if args.eval_text else 6
-    ids = tokenize(tokenizer, text, name, args.seq_len)
-    generator = torch.Generator().manual_seed(args.seed)
-    starts = torch.randint(len(ids) - args.seq_len + 1, (args.samples,), generator=generator).tolist()
-    samples = torch.stack([ids[start : start + args.seq_len] for start in starts])
-    windows = cut(tokenize(tokenizer, eval_text, eval_name, args.eval_seq_len), args.eval_seq_len)[::every]
-    return samples, windows[: args.eval_windows], eval_name
+        bar.update()
 
 
-def plot(records: list[dict], title: str, path: Path) -> None:
-    """Loss of each block before and after training."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    blocks = range(1, len(records) + 1)
-    axes.semilogy(blocks, [r["loss_before"] for r in records], "o--", color="#D55E00", label="before training")
-    axes.semilogy(blocks, [r["loss_after"] for r in records], "s-", color="#0072B2", label="as written")
-    axes.set(xlabel="block", ylabel="mean squared error of the block's output", title=title)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120, format="png")
-
-
-def stored_bits(checkpoint: Checkpoint, weights: int) -> float:
-    """Of a weight of the blocks' linear layers in the files, alpha and shift counted. weights: how many in a block."""
-    return 8 * checkpoint.n_bytes(lambda name: "_proj." in name) / (checkpoint.config.num_hidden_layers * weights)
-
-
-def print_table(perplexities: dict[str, float], n_bits: int, weights: int, source: Checkpoint, written: Checkpoint):
-    """A line per model: perplexity, stored bits per quantized weight, size of the weight files."""
-    print(f"\n{'':20}{'perplexity':>12}{'bits per weight':>18}{'files':>12}")
-    for name, value in perplexities.items():
-        label, of = (name, source) if name == "original" else (f"{name}, {n_bits} bits", written)
-        print(f"{label:20}{value:12.3f}{stored_bits(of, weights):18.3f}{of.file_size() / 1e6:9.1f} MB")
-
-
-def prepare(args: argparse.Namespace) -> tuple[Checkpoint, Training]:
-    """Check the options and fill in the defaults that depend on the model. Raises ValueError or OSError."""
-    args.device = check_device(parallel.start(args.device))
-    if args.device.type == "cuda":
-        torch.cuda.set_device(args.device)
-    checkpoint = Checkpoint(args.model)
-    if checkpoint.config.quantization:
-        raise ValueError(f"{args.model}: is quantized already; give the original model")
-    args.out = Path(args.out or f"{checkpoint.folder.resolve().name}-{args.method}-{args.bits}bit")
-    if args.out.name in ("", ".."):
-        raise OSError(f"--out {args.out}: give the name of a new folder")
-    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
-        raise OSError(f"--out {args.out}: exists and is not empty; delete it or choose another folder")
-    if args.out.is_symlink() or args.out.is_mount():
-        raise OSError(f"--out {args.out}: is a link or a mount point; give the name of a new folder inside it")
-    for file in side_files(checkpoint.folder):
-        file.open("rb").close()  # to be copied at the end
-    if not os.access(args.out.parent, os.W_OK | os.X_OK):
-        raise OSError(f"--out {args.out}: {args.out.parent} is no folder that can be written to; create it first")
-    args.seq_len = resolve_seq_len(args.seq_len, checkpoint)
-    if args.eval_seq_len is None:
-        args.eval_seq_len = args.seq_len
-    resolve_seq_len(args.eval_seq_len, checkpoint, "--eval-seq-len")
-    if args.epochs is None:
-        args.epochs = QUICK_EPOCHS if checkpoint.folder.resolve() == TINY else Training.epochs
-    if args.batch_size is None:
-        args.batch_size = parallel.world() * Training.batch_size
-    ranges = dict.fromkeys(("samples", "epochs", "batch_size", "eval_windows"), (1, math.inf))
-    ranges |= {"seed": (0, 2**32 - 1)} | {switch.name: switch.metadata["range"] for switch in SWITCHES}
-    for name, (low, high) in ranges.items():
-        if not low <= getattr(args, name) <= high:
-            wanted = f"choose {low} to {high}" if high < math.inf else f"must be at least {low}"
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: {wanted}")
-    if args.samples % args.batch_size or args.batch_size % parallel.world():
-        raise ValueError(
-            f"--batch-size {args.batch_size}: must divide --samples {args.samples}, and the number of processes "
-            f"({parallel.world()}) must divide it"
-        )
-    if args.offload and not os.access(args.offload, os.W_OK | os.X_OK):
-        raise OSError(f"--offload {args.offload}: no folder that can be written to; create it first")
-    return checkpoint, Training(**{field.name: getattr(args, field.name) for field in fields(Training)})
-
-
-def memory(device: torch.device) -> tuple[int, int]:
-    """Bytes of it: the peak of this process so far, and what there is."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device), torch.cuda.mem_get_info(device)[1]
-    return peak_bytes(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def check_space(checkpoint: Checkpoint, weights: int, bits: float, args: argparse.Namespace) -> None:
-    """Print what will be needed on the host. Raises ValueError if there is less of it."""
-    config, partial = checkpoint.config, args.out.with_name(args.out.name + ".partial")
-    stored = checkpoint.file_size()
-    if not args.dequantized:
-        linear = checkpoint.n_bytes(lambda name: name.endswith("_proj.weight"))
-        stored += config.num_hidden_layers * weights * bits / 8 - linear
-    there = sum(file.stat().st_size for file in partial.glob("*"))  # of an earlier run, to be gone on with
-    needs = {f"--out {args.out}": (stored - there, shutil.disk_usage(args.out.parent).free)}
-    activations = 3 * 2 * args.samples * args.seq_len * config.hidden_size
-    if args.offload:
-        needs[f"--offload {args.offload}"] = activations, shutil.disk_usage(args.offload).free
-    else:
-        needs[f"--samples {args.samples}, activations in memory"] = activations, memory(torch.device("cpu"))[1]
-    for name, (needed, free) in needs.items():
-        print(f"{name}: {needed / 1e9:.3f} GB of {free / 1e9:.1f} GB")
-        if needed > free:
-            raise ValueError(
-                f"{name}: needs {needed / 1e9:.3f} GB, there are {free / 1e9:.3f}; make space or ask for less"
-            )
-
-
-def rehearse(checkpoint: Checkpoint, samples: Tensor, windows: Tensor, args, settings: Training) -> None:
+def rehearse(checkpoint: Checkpoint, samples: Tensor, windows: Tensor, settings: Settings) -> None:
     """Everything once and small: the original on a few windows, and block 0 with four steps. Prints a plan of the run.
 
     What would fail after a day fails here: a wrong tokenizer, a block that does not fit into the memory of the GPU."""
-    config, few = checkpoint.config, windows[:4]
-    print(f"perplexity of the original on {len(few)} windows: {perplexity(checkpoint, few, args.device):.3f}", end="")
-    print(f" (guessing among {config.vocab_size} tokens: {config.vocab_size})")
+    n_blocks, vocab_size = checkpoint.config.num_hidden_layers, checkpoint.config.vocab_size
+    few = windows[:4]
+    value = perplexity(checkpoint, few, settings.device)
+    print(f"perplexity of the original on {len(few)} windows: {value:.3f}", end="")
+    print(f" (guessing among {vocab_size} tokens: {vocab_size})")
+
+    # block 0, with the time of every step
     few = samples[: 4 * settings.batch_size]
-    rope = rope_tables(config, args.seq_len, args.device)
-    *inputs, target = first_inputs(checkpoint, parallel.share(few), None)
-    short, stamps = replace(settings, epochs=1), []
-    with tqdm(disable=True) as bar:
-        bar.update = lambda: stamps.append(time.time())
-        record = quantize_block(checkpoint, 0, inputs, target, rope, args, short, bar)[1]
-    steps = is_trained(args.method) * args.samples * args.epochs // args.batch_size
+    short = replace(settings, samples=len(few), epochs=1, offload=None)
+    x = first_activations(checkpoint, parallel.share(few), short)
+    stamps = []
+    _, record = quantize_block(checkpoint, 0, x, short, lambda news="": stamps.append(time.time()))
+
+    # the time of the whole run: of the steps the last two, one with a new mapping and one without
+    per_step = (stamps[-1] - stamps[-3]) / 2 if settings.n_steps else 0
     per_sample = (record["seconds"] - record["initializing"] - record["training"]) / len(few)
-    per_step = (stamps[-1] - stamps[-3]) / 2 if steps else 0  # of the last two, with a new mapping and without
-    seconds = record["initializing"] + per_sample * args.samples + per_step * steps
-    peak, total = memory(args.device)
-    print(f"{args.device}: {peak / 1e9:.1f} GB of {total / 1e9:.1f} GB at the peak")
-    minutes = config.num_hidden_layers * seconds / 60
-    print(f"{config.num_hidden_layers} blocks of {steps} steps, {per_step:.3f} seconds each: ", end="")
-    print(f"about {minutes:.0f} minutes, and the perplexities")
+    per_block = record["initializing"] + per_sample * settings.samples + per_step * settings.n_steps
+    peak, total = peak_and_total(settings.device)
+    print(f"{settings.device}: {peak / 1e9:.1f} GB of {total / 1e9:.1f} GB at the peak")
+    print(f"{n_blocks} blocks of {settings.n_steps} steps, {per_step:.3f} seconds each: ", end="")
+    print(f"about {n_blocks * per_block / 60:.0f} minutes, and the perplexities")
 
 
-def run(args: argparse.Namespace) -> None:
-    start, (checkpoint, settings) = time.time(), prepare(args)
-    weights, bits = check_layers(checkpoint, args.bits, args.group_size)
-    check_space(checkpoint, weights, bits, args)
-    samples, windows, eval_name = load_texts(checkpoint, args)
-    rehearse(checkpoint, samples, windows, args, settings)
-    if args.dry_run:
-        return
+def measure_baselines(checkpoint: Checkpoint, windows: Tensor, settings: Settings, perplexities: dict) -> None:
+    """Add the perplexity of the original, and of rtn with as many bits, where they are not known yet."""
+    if "original" not in perplexities:
+        perplexities["original"] = perplexity(checkpoint, windows, settings.device, label="original")
 
     def round_to_nearest(block: Block, i: int) -> None:
-        pack_layers(block, dict(quantize_layers(checkpoint, block, i, "rtn", args.bits, args.group_size)))
+        pack_layers(block, quantize_layers(checkpoint, block, i, replace(settings, method="rtn")))
 
-    chosen = {key: getattr(args, key) for key in ("method", "bits", "group_size", "dequantized", "samples", "seq_len")}
-    chosen |= asdict(settings)
+    if "rtn" not in perplexities and settings.method != "rtn":
+        perplexities["rtn"] = perplexity(checkpoint, windows, settings.device, round_to_nearest, "rtn")
+
+
+def finish(checkpoint: Checkpoint, windows: Tensor, settings: Settings, folder: Path, report: dict) -> None:
+    """All blocks are there: write the rest of the files, measure what was written, complete the report.
+
+    The perplexity is that of the files, read back."""
+    if settings.dequantized:
+        dequantize_blocks(checkpoint, folder, settings)
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    quantization = {"quant_method": "flexbcq"} | settings.decisive() | versions
+    write_rest(checkpoint, folder, None if settings.dequantized else quantization)
+
+    written = Checkpoint(folder)
+    value = perplexity(written, windows, settings.device, label=settings.method)
+    report["perplexity"][settings.method] = value
+    report |= {"bits_per_weight": stored_bits(written, check_layers(checkpoint, settings)[0])}
+    report |= {"peak_bytes": peak_bytes(), "versions": versions}
+    with whole_file(folder / "calibration.png") as temporary:
+        plot(report["blocks"], f"{settings.method}, {settings.bits} bits", temporary)
+
+
+def run(settings: Settings) -> None:
+    start = time.time()
+
+    # whatever can go wrong, goes wrong here
+    checkpoint, settings = resolve(settings)
+    weights, bits = check_layers(checkpoint, settings)
+    check_space(checkpoint, settings, weights, bits)
+    samples, windows, eval_name = load_texts(checkpoint, settings)
+    rehearse(checkpoint, samples, windows, settings)
+    if settings.dry_run:
+        return
+
     texts = {"calibration text": samples, "evaluation text": windows}
-    with resumable(args.out, chosen, checkpoint, texts) as (folder, report):
+    with resumable(settings, checkpoint, texts) as (folder, report):
         start -= sum(record["seconds"] for record in report["blocks"])  # of earlier runs
-        found = report["perplexity"]
-        if parallel.rank() == 0 and args.baselines and "original" not in found:
-            found["original"] = perplexity(checkpoint, windows, args.device, label="original")
-        if parallel.rank() == 0 and args.baselines and "rtn" not in found and args.method != "rtn":
-            found["rtn"] = perplexity(checkpoint, windows, args.device, round_to_nearest, "rtn")
-        calibrate(checkpoint, samples, args, settings, folder, report)
+        if parallel.rank() == 0 and settings.baselines:
+            measure_baselines(checkpoint, windows, settings, report["perplexity"])
+        calibrate(checkpoint, samples, settings, folder, report)
         if parallel.rank() == 0:
-            if args.dequantized:
-                dequantize_blocks(checkpoint, folder, args)
-            versions = {"torch": torch.__version__, "python": platform.python_version()}
-            packed = {"quant_method": "flexbcq"} | chosen | versions
-            write_rest(checkpoint, folder, None if args.dequantized else packed)
-            written = Checkpoint(folder)
-            found[args.method] = perplexity(written, windows, args.device, label=args.method)
-            report |= {"text": eval_name, "eval_seq_len": args.eval_seq_len, "eval_windows": len(windows)}
-            report |= {"bits_per_weight": stored_bits(written, weights), "peak_bytes": peak_bytes()}
-            report |= {"seconds": time.time() - start, "versions": versions}
+            finish(checkpoint, windows, settings, folder, report)
+            report |= {"text": eval_name, "eval_seq_len": settings.eval_seq_len, "eval_windows": len(windows)}
+            report |= {"seconds": time.time() - start}
             report |= {"cpu_seconds": time.process_time()}  # without those of killed processes
             write_json(folder / REPORT, report)
-            with whole_file(folder / "calibration.png") as temporary:
-                plot(report["blocks"], f"{args.method}, {args.bits} bits", temporary)
+
     if parallel.rank() == 0:
-        print_table(found, args.bits, weights, checkpoint, Checkpoint(args.out))
-        print(
-            f"{eval_name}, seq_len {args.eval_seq_len}, {len(windows)} windows; {report['seconds']:.0f} seconds; "
-            f"wrote {args.out}"
-        )
+        print_table(report["perplexity"], settings.bits, weights, checkpoint, Checkpoint(settings.out))
+        print(f"{eval_name}, seq_len {settings.eval_seq_len}, {len(windows)} windows; ", end="")
+        print(f"{report['seconds']:.0f} seconds; wrote {settings.out}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Quantize a Llama (a Hugging Face folder) and write it as a packed checkpoint folder.",
-        epilog="The defaults of training are the paper's, with a trained shift and a wider initialization; for the "
-        "bundled model, one epoch instead of 20.",
+        epilog="Training is as in the paper, but the shift is trained and the initialization searches more.",
     )
-    add = parser.add_argument
-    add("--model", default=TINY, help="checkpoint folder (default: the bundled models/tiny)")
-    add("--out", help="new folder to write (default: MODEL-METHOD-BITSbit in the current one)")
-    add("--method", choices=METHODS, default="flexbcq", help="(default: %(default)s)")
-    add("--bits", type=int, default=3, help="bit-planes per weight, 1 to 8 (default: %(default)s)")
-    add("--group-size", type=int, default=-1, help="weights sharing alpha and shift, a multiple of 32; -1: the row "
-        "(default: %(default)s)")  # fmt: skip
-    add("--text", help="UTF-8 file to calibrate on (default: the Python standard library)")
-    add("--eval-text", help="UTF-8 file for perplexity (default: the last tenth of --text, else files held out of "
-        "the library)")  # fmt: skip
-    add("--eval-seq-len", type=int, help="tokens per window of it (default: as --seq-len)")
-    add("--eval-windows", type=int, default=2**30, help="measure only on so many, from the start (default: all)")
-    add("--baselines", action=argparse.BooleanOptionalAction, default=True, help="measure the original and rtn too "
-        "(default: %(default)s)")  # fmt: skip
-    add("--samples", type=int, default=128, help="calibration sequences (default: %(default)s)")
-    add("--seq-len", type=int, help="tokens in each (default: 2048, or the model's context if smaller)")
-    add("--epochs", type=int, help=f"passes over the samples (default: {Training.epochs}; bundled: {QUICK_EPOCHS})")
-    add("--batch-size", type=int, help="sequences in a step (default: 1, with torchrun one per process)")
-    add("--seed", type=int, default=0, help="of samples, their order and mixing (default: %(default)s)")
-    add("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (default: %(default)s)")
-    add("--dequantized", action="store_true", help="write ordinary weights, rounded to what the planes hold, "
-        "for other software")  # fmt: skip
-    add("--offload", help="keep activations in this folder, on a disk, instead of memory")
-    add("--dry-run", action="store_true", help="check everything, print what it takes, and stop")
-    group = parser.add_argument_group("switches, for ablations")
-    for switch in SWITCHES:
-        kind = {"action": argparse.BooleanOptionalAction} if switch.type is bool else {"type": switch.type}
-        text = f"{switch.metadata['help']} (default: {switch.default})"
-        group.add_argument(f"--{switch.name.replace('_', '-')}", default=switch.default, help=text, **kind)
-    guarded(run, parser)
+    add_options(parser, Settings)
+    guarded(lambda args: run(Settings(**vars(args))), parser)
 
 
 if __name__ == "__main__":

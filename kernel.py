@@ -21,28 +21,21 @@ Up to 8 tokens at a time are multiplied straight from the bit-planes, by the fir
     anywhere    torch                  plain PyTorch: dequantize, then a matrix product
 
 The environment variable FLEXBCQ_KERNEL=NAME forces one. The kernels are compiled when first needed, into build/.
-`python kernel.py` measures them on this machine.
+`python -m experiments.kernels` measures them on this machine.
 """
 
-import argparse
-import fcntl
 import functools
-import itertools
 import os
+import shlex
 import shutil
-import statistics
+import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
-
-from command import check_device, default_device, guarded
 
 TILE = 32  # rows side by side, and columns in a word
 MAX_BATCH = 8  # tokens that the kernels take at once
@@ -52,7 +45,10 @@ BUILD = (
 
 
 def columns_per_group(in_features: int, group_size: int) -> int:
-    """`group_size` with -1 (the whole row) resolved. Raises ValueError listing the sizes that do divide."""
+    """`group_size` with -1 (the whole row) resolved. Raises ValueError listing the sizes that do divide.
+
+    >>> columns_per_group(256, 64), columns_per_group(256, -1)
+    (64, 256)"""
     size = in_features if group_size == -1 else group_size
     if size < TILE or size % TILE or in_features % size:
         fitting = [s for s in range(TILE, in_features + 1, TILE) if in_features % s == 0]
@@ -62,7 +58,10 @@ def columns_per_group(in_features: int, group_size: int) -> int:
 
 
 def bits_per_weight(n_bits: int, group_size: int) -> float:
-    """Stored bits per weight with the fp16 alphas and shift of each group counted."""
+    """Stored bits per weight with the fp16 alphas and shift of each group counted.
+
+    >>> bits_per_weight(3, 128)
+    3.5"""
     return n_bits + 16 * (n_bits + 1) / group_size
 
 
@@ -78,16 +77,22 @@ def from_tiles(x: Tensor, out_features: int) -> Tensor:
 
 
 def pack(codes: Tensor, n_bits: int) -> Tensor:
-    """codes: (out, in) uint8, below 2^n_bits -> bit_planes, int32 as above. Raises ValueError on what does not fit."""
+    """codes: (out, in) uint8, below 2^n_bits -> bit_planes, int32 as above. Raises ValueError on what does not fit.
+
+    >>> codes = torch.zeros(1, 32, dtype=torch.uint8)
+    >>> codes[0, :4] = torch.tensor([0, 1, 2, 3])
+    >>> pack(codes, 2)[:, 0, 0, 0]  # plane 0: bits 2 and 3 are set, plane 1: bits 1 and 3
+    tensor([12, 10], dtype=torch.int32)"""
     if codes.shape[1] % TILE:
         raise ValueError(f"in_features {codes.shape[1]} is not a multiple of {TILE}")
     if codes.numel() and int(codes.max()) >= 2**n_bits:
         raise ValueError(f"a code of {int(codes.max())} does not fit into {n_bits} bits")
-    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=codes.device)  # of the bits within a byte
+
+    place_value = 2 ** torch.arange(8, dtype=torch.uint8, device=codes.device)  # of the bits within a byte
     planes = []
     for i in range(n_bits):
         bits = (codes >> (n_bits - 1 - i)) & 1  # (out, in)
-        octets = (bits.unflatten(1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)  # (out, in/8)
+        octets = (bits.unflatten(1, (-1, 8)) * place_value).sum(-1, dtype=torch.uint8)  # (out, in/8)
         planes.append(to_tiles(octets.view(torch.int32)))  # four bytes a word, the first one lowest (little-endian)
     return torch.stack(planes)
 
@@ -108,43 +113,70 @@ def unpack(bit_planes: Tensor, out_features: int) -> Tensor:
     return codes
 
 
-@functools.cache
-def library() -> ModuleType | None:
-    """kernel.cpp, and kernel.cu where there is a GPU, compiled at the first call; None where that is not possible."""
+# -------------------------------------------------------------------------------------------- the compiled kernels
+
+
+def compiler_flags(compiler: str) -> list[str]:
+    """Those of our flags that a compiler takes without a warning: Apple's clang has no OpenMP, MSVC knows none of them.
+
+    -fopenmp: for compiling only; when linking, it would bring a second thread pool beside PyTorch's
+    -fno-tree-ter: without it GCC undoes the order of the innermost loop, and every addition waits for the one before"""
+    taken = ["-O3"]
+    for flag in ("-fopenmp", "-fno-tree-ter", "-Wno-psabi"):
+        source = "#include <omp.h>\n" if flag == "-fopenmp" else ""
+        command = [*shlex.split(compiler), flag, "-Werror", "-x", "c++", "-fsyntax-only", "-"]
+        if subprocess.run(command, input=source, capture_output=True, text=True).returncode == 0:
+            taken.append(flag)
+    return taken
+
+
+def compile_library() -> ModuleType:
+    """kernel.cpp, and kernel.cu where there is a GPU, compiled into `BUILD` if that is not done yet."""
+    import ninja
+    from filelock import FileLock
     from torch.utils import cpp_extension  # takes a second
 
-    here, with_cuda = Path(__file__).parent, torch.cuda.is_available() and cpp_extension.CUDA_HOME is not None
-    sources = [here / "kernel.cpp"] + ([here / "kernel.cu"] if with_cuda else [])
-    # -fopenmp only when compiling: when linking, it would bring a second thread pool beside PyTorch's; without
-    # -fno-tree-ter GCC undoes the order of the innermost loop, and every addition waits for the one before
-    flags = ["-O3", "-fopenmp", "-fno-tree-ter", "-Wno-psabi"] + ["-DWITH_CUDA"] * with_cuda
-    try:
-        if shutil.which(os.environ.get("CXX", "c++")) is None:
-            raise OSError("no C++ compiler is installed")
-        import ninja
+    compiler = cpp_extension.get_cxx_compiler()  # CXX, c++, or cl on Windows
+    if shutil.which(shlex.split(compiler)[0]) is None:
+        raise OSError("no C++ compiler is installed")
+    os.environ["PATH"] += os.pathsep + ninja.BIN_DIR  # not on it in a virtual environment that is not activated
 
-        os.environ["PATH"] += os.pathsep + ninja.BIN_DIR  # not on it in a virtual environment that is not activated
-        BUILD.mkdir(parents=True, exist_ok=True)
-        with open(BUILD / "in_use", "w") as in_use:
-            fcntl.flock(in_use, fcntl.LOCK_EX)  # one process at a time; ends with it, however that ends
-            # PyTorch has a lock of its own: a process that is killed leaves it, and the next would wait for ever
-            (BUILD / "lock").unlink(missing_ok=True)
-            built = sorted(BUILD.glob("*.so"))
-            if not built or built[0].stat().st_mtime < max(file.stat().st_mtime for file in sources):
-                print(f"compiling {', '.join(f.name for f in sources)}, once, about a minute ...", file=sys.stderr)
-            return cpp_extension.load(
-                "flexbcq_kernel", list(map(str, sources)), build_directory=str(BUILD), with_cuda=with_cuda,
-                extra_cflags=flags, extra_cuda_cflags=["-O3"],
-            )  # fmt: skip
+    here = Path(__file__).parent
+    with_cuda = torch.cuda.is_available() and cpp_extension.CUDA_HOME is not None
+    sources = [here / "kernel.cpp"] + ([here / "kernel.cu"] if with_cuda else [])
+
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with FileLock(BUILD / "in_use"):  # one process at a time; ends with it, however that ends
+        # PyTorch has a lock of its own: a process that is killed leaves it, and the next would wait for ever
+        (BUILD / "lock").unlink(missing_ok=True)
+
+        built = [*BUILD.glob("flexbcq_kernel*.so"), *BUILD.glob("flexbcq_kernel*.pyd")]
+        if not built or built[0].stat().st_mtime < max(file.stat().st_mtime for file in sources):
+            print(f"compiling {', '.join(f.name for f in sources)}, once, about a minute ...", file=sys.stderr)
+        return cpp_extension.load(
+            "flexbcq_kernel",
+            [str(source) for source in sources],
+            build_directory=str(BUILD),
+            with_cuda=with_cuda,
+            extra_cflags=compiler_flags(compiler) + ["-DWITH_CUDA"] * with_cuda,
+            extra_cuda_cflags=["-O3"],
+        )
+
+
+@functools.cache
+def library() -> ModuleType | None:
+    """The compiled kernels; None where they cannot be had, with one line that says why."""
+    try:
+        return compile_library()
     except Exception as error:  # whatever it is, plain PyTorch does the same, slower
-        said = str(error).splitlines()
+        said = str(error).splitlines() or [repr(error)]
         reason = next((line for line in said if "error: " in line), said[0])  # a compiler's is not the first line
         print(f"no compiled kernels ({reason[:150]}): on with plain PyTorch", file=sys.stderr)
         return None
 
 
 @functools.cache
-def paths(device_type: str) -> list[str]:
+def backends(device_type: str) -> list[str]:
     """The paths there are on "cpu" or "cuda", best first; the last one is always "torch".
 
     With FLEXBCQ_KERNEL set only that one. Raises ValueError if this machine does not have it."""
@@ -156,9 +188,13 @@ def paths(device_type: str) -> list[str]:
     else:
         found = ["cuda", "fast", "readable"] if hasattr(library(), "cuda") else []
     found.append("torch")
+
     if forced and forced not in found:
         raise ValueError(f"FLEXBCQ_KERNEL={forced}: this machine offers {', '.join(found)}")
     return [forced] if forced else found
+
+
+# ---------------------------------------------------------------------------------------------------- the layer
 
 
 class BCQLinear(nn.Module):
@@ -170,8 +206,12 @@ class BCQLinear(nn.Module):
         super().__init__()
         if n_bits not in range(1, 9):
             raise ValueError(f"{n_bits} bits: choose 1 to 8")
-        self.in_features, self.out_features, self.n_bits = in_features, out_features, n_bits
+        self.in_features = in_features
+        self.out_features = out_features
+        self.n_bits = n_bits
         self.group_size = columns_per_group(in_features, group_size)
+
+        # `forward` hands the buffers to the kernel in the order in which they are registered here
         tiles, groups = -(-out_features // TILE), in_features // self.group_size
         self.register_buffer("bit_planes", torch.zeros(n_bits, tiles, in_features // TILE, TILE, dtype=torch.int32))
         self.register_buffer("alpha", torch.zeros(n_bits, tiles, groups, TILE, dtype=torch.float16))
@@ -213,157 +253,15 @@ class BCQLinear(nn.Module):
         """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} columns, the weight has in_features {self.in_features}")
-        weight = self._buffers.values()  # bit_planes, alpha, shift; by name each would cost as much as a small product
+
         few = 1 <= x.numel() // self.in_features <= MAX_BATCH
-        path = paths(x.device.type)[0] if few and not x.requires_grad else "torch"
+        path = backends(x.device.type)[0] if few and not x.requires_grad else "torch"
         if path == "torch":
             return F.linear(x, self.dequantize(x.dtype))
-        return library().multiply(x, *weight, self.out_features, path)
+
+        # attribute access on a Module is slow: three lookups by name cost as much as a small product
+        planes_alpha_shift = self._buffers.values()
+        return library().multiply(x, *planes_alpha_shift, self.out_features, path)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, n_bits={self.n_bits}, group_size={self.group_size}"
-
-
-# -------------------------------------------------------------------------------------------------- measure it
-
-
-def random_layer(out_features: int, in_features: int, n_bits: int, group_size: int, device="cpu") -> BCQLinear:
-    """A layer of random bits, for measuring and testing."""
-    layer = BCQLinear(in_features, out_features, n_bits, group_size)
-    layer.bit_planes.random_(-(2**31), 2**31)
-    layer.alpha.uniform_(0.1, 1)
-    layer.shift.normal_()
-    return layer.to(device)
-
-
-def medians(contestants: dict[str, list[Callable]], device: torch.device, n_rounds: int) -> dict[str, float]:
-    """Median seconds of one call. Each contestant is a list of calls that do the same with copies of their data, more
-    than a cache holds; they take turns, so that what slows the machine down hits them alike."""
-    seconds = {name: [] for name in contestants}
-    timer = _seconds_cuda if device.type == "cuda" else _seconds_cpu
-    for calls in contestants.values():
-        timer(calls)  # warm up
-    for _ in range(n_rounds):
-        for name, calls in contestants.items():
-            seconds[name] += timer(calls)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def _seconds_cpu(calls: list[Callable]) -> list[float]:
-    seconds = []
-    for call in calls:
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return seconds
-
-
-def _seconds_cuda(calls: list[Callable]) -> list[float]:
-    """All calls in one CUDA graph, so that launching them from Python is not what is measured."""
-    graph, start, stop = torch.cuda.CUDAGraph(), torch.cuda.Event(True), torch.cuda.Event(True)
-    for call in calls:
-        call()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    seconds = []
-    for _ in range(5):
-        graph.replay()  # not timed: the card is still busy with it when the next one arrives
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        seconds.append(start.elapsed_time(stop) / 1000 / len(calls))
-    return seconds[1:]
-
-
-def measure(shape: tuple[int, int], n_bits: int, args: argparse.Namespace) -> list[dict]:
-    """One row of the table per batch size: ours and F.linear, in turns."""
-    device, (out_features, in_features) = torch.device(args.device), shape
-    layers = [random_layer(*shape, n_bits, args.group_size, device)]
-    size = sum(t.nbytes for t in layers[0].buffers())
-    layers += [random_layer(*shape, n_bits, args.group_size, device) for _ in range(min(99, int(2.4e8 // size)))]
-    dense = [torch.float16] if device.type == "cuda" else [torch.float32, torch.bfloat16]
-    n_copies = 1 + int(2.4e8 // (out_features * in_features * 2))
-    weights = {t: [torch.randn(shape, device=device).to(t) for _ in range(n_copies)] for t in dense}
-    stream, rows = torch.randn(2**26, device=device), []
-    for batch in args.batch:
-        x = {dtype: torch.randn(batch, in_features, device=device, dtype=dtype) for dtype in dense}
-        ours = [functools.partial(layer, x[dense[0]]) for layer in layers]
-        contestants = {"bcq": ours, "read": [stream.sum]}
-        contestants |= {str(t): [functools.partial(F.linear, x[t], w) for w in weights[t]] for t in dense}
-        seconds = medians(contestants, device, args.rounds)
-        us, speed, read = seconds["bcq"] * 1e6, size / seconds["bcq"] / 1e9, stream.nbytes / seconds["read"] / 1e9
-        row = {"out x in": f"{out_features} x {in_features}", "bits": n_bits, "batch": batch}
-        row |= {"us": f"{us:.{int(us < 100)}f}", "GB/s": f"{speed:.1f}", "% of read": f"{100 * speed / read:.0f}"}
-        for dtype in dense:
-            row[f"x F.linear {str(dtype)[6:]}"] = f"{seconds[str(dtype)] / seconds['bcq']:.1f}"
-        rows.append(row | {"read GB/s": f"{read:.1f}"})
-    return rows
-
-
-def plot(rows: list[dict], path: Path) -> None:
-    """GB/s of weights against bits, a line per shape at the first batch size, and the read bandwidth as the roof."""
-    from matplotlib.figure import Figure  # only here: everything imports this module
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    first = [row for row in rows if row["batch"] == rows[0]["batch"]]
-    looks = itertools.cycle(zip("osD^", ("#0072B2", "#D55E00", "#009E73", "#CC79A7")))
-    for shape, (marker, color) in zip(dict.fromkeys(row["out x in"] for row in first), looks):
-        points = [(r["bits"], float(r["GB/s"])) for r in first if r["out x in"] == shape]
-        axes.plot(*zip(*points), marker=marker, color=color, label=shape)
-    roof = statistics.median(float(row["read GB/s"]) for row in rows)
-    axes.axhline(roof, color="black", linestyle="--", label="read bandwidth")
-    axes.set(xlabel="bits per weight (planes)", ylabel="weights read, GB/s", ylim=(0, None))
-    axes.set(title=f"y = x W^T from bit-planes, batch {rows[0]['batch']}")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-
-
-def positive(text: str) -> int:
-    """For argparse."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def shape(text: str) -> tuple[int, int]:
-    """ "8192x28672" -> (8192, 28672)."""
-    out_features, in_features = map(positive, text.split("x"))
-    return out_features, in_features
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the kernels of this machine against F.linear.")
-    add = parser.add_argument
-    add("--shapes", nargs="+", type=shape, default=[(8192, 28672), (14336, 4096)], help="rows x columns of the weight "
-        "(default: 8192x28672 14336x4096)")  # fmt: skip
-    add("--bits", nargs="+", type=int, default=[2, 3, 4], help="(default: 2 3 4)")
-    add("--batch", nargs="+", type=positive, default=[1, 4, 8], help="tokens at once (default: 1 4 8)")
-    add("--group-size", type=int, default=128, help="-1: a row (default: %(default)s)")
-    add("--device", default=default_device(), help="(default: %(default)s)")
-    add("--rounds", type=positive, default=15, help="measurements each, the median counts (default: %(default)s)")
-    add("--out", default="benchmark", help="writes OUT.md and OUT.png (default: %(default)s)")
-    guarded(run, parser)
-
-
-def run(args: argparse.Namespace) -> None:
-    cuda = check_device(args.device).type == "cuda"
-    name = torch.cuda.get_device_name(args.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
-    title = f"{name}, groups of {args.group_size}, path {paths('cuda' if cuda else 'cpu')[0]}"
-    rows, jobs = [], [(shape, n_bits) for shape in args.shapes for n_bits in args.bits]
-    with torch.inference_mode():
-        for job in tqdm(jobs, unit="weight", leave=False):
-            rows += measure(*job, args)
-    lines = [list(rows[0]), ["---:"] * len(rows[0]), *(map(str, row.values()) for row in rows)]
-    table = f"{title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-    print(table)
-    Path(args.out + ".md").write_text(table, "utf-8")
-    plot(rows, Path(args.out + ".png"))
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eval import TINY
+from support.settings import TINY
 
 # a shell starts a command in the background (`pytest &`) with Ctrl-C ignored, and all that it starts would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from resume import REPORT
+from support.resume import REPORT
 
 
 def call(main, *arguments) -> SimpleNamespace:

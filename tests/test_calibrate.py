@@ -5,21 +5,22 @@ import re
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import call, perplexity_by_transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from helpers import call, perplexity_by_transformers
 
-from calibrate import load_texts, main
-from eval import TINY, cut, load_tokenizer, perplexity, read_text, tokenize
+from calibrate import main
+from eval import perplexity
 from flexbcq import METHODS, FlexBCQLinear
 from kernel import BCQLinear
-from llama import Checkpoint, linears, rope_tables
+from llama import linears, rope_tables
+from support.checkpoint import Checkpoint
+from support.data import cut, load_texts, load_tokenizer, read_text, tokenize
+from support.settings import TINY, Settings
 
-EVALUATION = {"eval_seq_len": 64, "eval_windows": 1}
 FEW_STEPS = ["--samples", "8", "--epochs", "2", "--batch-size", "2", "--group-size", "32"]
 
 
@@ -123,10 +124,8 @@ def test_initialization_weighs_columns_by_the_inputs_they_meet(option, toy, text
     """Block 0 as written by bcq, against what `FlexBCQLinear` makes of inputs computed here, layer by layer."""
     options = ["--model", toy, "--text", text, "--bits", 2, "--method", "bcq", *FEW_STEPS, *option]
     assert call(main, *options, "--out", tmp_path / "out").code == 0
-    checkpoint, settings = (
-        Checkpoint(toy),
-        SimpleNamespace(text=text, eval_text=None, samples=8, seq_len=64, seed=0, **EVALUATION),
-    )
+    checkpoint = Checkpoint(toy)
+    settings = Settings(text=text, samples=8, seq_len=64, eval_seq_len=64, eval_windows=1)
     block, x = checkpoint.block(0), checkpoint.embedding(torch.bfloat16)(load_texts(checkpoint, settings)[0]).float()
     reads = {"self_attn.q_proj": block.input_layernorm(x)}
     x = x + block.self_attn(reads["self_attn.q_proj"], *rope_tables(checkpoint.config, 64))

@@ -4,8 +4,9 @@ import pytest
 import torch
 from helpers import call, perplexity_by_transformers
 
-from eval import cut, load_tokenizer, main, perplexity, read_text, standard_library_text, tokenize
-from llama import Checkpoint
+from eval import main, perplexity
+from support.checkpoint import Checkpoint
+from support.data import cut, load_tokenizer, read_text, standard_library_text, tokenize
 
 
 def test_perplexity_is_the_one_of_transformers(toy, text):

@@ -51,10 +51,10 @@ def dequantize(codes, alpha, shift):
 )
 def test_uq_after_bcq_is_one_bcq(method, n_bits, group_size):
     layer = random_layer(method, n_bits, group_size)
-    v = layer._v()
+    v = layer.v()
     codes = nearest(v, layer.alpha, layer.shift)
     q = levels(layer.alpha, layer.shift).gather(1, codes.long())
-    back = (layer._scale() * (q - layer.zero_point)).view(layer.shape)
+    back = (layer.full_scale() * (q - layer.zero_point)).view(layer.shape)
     folded = dequantize(*layer.fold())
     assert (folded - back).abs().max() <= 1e-6 * back.abs().max()
     assert (layer.quantized_weight() - back).abs().max() <= 1e-6 * back.abs().max()
@@ -278,7 +278,7 @@ def test_levels_learn_the_same_with_and_without_a_mapping_to_learn():
 def test_filtering_of_uniform_levels_is_the_clipping_of_their_range():
     layer = FlexBCQLinear(torch.randn(8, 64), 3, -1, *METHODS["flexround"], n_ratios=50)
     layer.quantized_weight().sum().backward()
-    v = layer._v()
+    v = layer.v()
     clipped = (v < -0.5) | (v > 7.5)
     assert clipped.any()
     assert torch.equal(layer.log_s_elem.grad == 0, clipped | (layer.w == 0))

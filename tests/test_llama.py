@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-from llama import Checkpoint, KVCache, rope_frequencies
+from llama import KVCache, rope_frequencies
+from support.checkpoint import Checkpoint
 
 SHAPE = {
     "vocab_size": 300,

@@ -3,7 +3,7 @@
     python -m models.tiny.train         # from the project's root
 
 A byte-level BPE of 2,048 tokens, 5M parameters, AdamW for vectors and embeddings and Muon (Jordan et al. 2024) for
-matrices, which needs about half of AdamW's steps. Text and the held-out split: `eval.standard_library_text`.
+matrices, which needs about half of AdamW's steps. Text and the held-out split: `data.standard_library_text`.
 """
 
 import argparse
@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from command import guarded
-from eval import standard_library_text
-from llama import Llama, LlamaConfig, whole_file, write_config, write_tensors
+from llama import Llama
+from support.checkpoint import read_config, whole_file, write_config, write_tensors
+from support.command import guarded
+from support.data import cut, standard_library_text
 
 FOLDER = Path(__file__).parent
 CONFIG = {
@@ -90,8 +91,7 @@ def initialize(model: Llama) -> None:
 
 @torch.no_grad()
 def held_out_perplexity(model: Llama, ids: torch.Tensor) -> float:
-    windows = ids[: len(ids) // SEQ_LEN * SEQ_LEN].view(-1, SEQ_LEN)
-    losses = [F.cross_entropy(model(w[None])[0, :-1], w[1:]).item() for w in windows]
+    losses = [F.cross_entropy(model(w[None])[0, :-1], w[1:]).item() for w in cut(ids, SEQ_LEN)]
     return math.exp(sum(losses) / len(losses))
 
 
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
     held_out_ids = torch.tensor(tokenizer.encode(standard_library_text(held_out=True)).ids)
     print(f"{len(train_ids):,} training tokens, {len(held_out_ids):,} held-out tokens")
 
-    model = Llama(LlamaConfig.from_dict(CONFIG))
+    model = Llama(read_config(CONFIG))
     initialize(model)
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     others = [model.model.embed_tokens.weight] + [p for p in model.parameters() if p.dim() == 1]

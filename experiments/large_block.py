@@ -1,6 +1,6 @@
 """Write a Llama with the dimensions of a large one, but few blocks, and random weights: what does a block take?
 
-    python -m docs.large_block 8B FOLDER                # from the project's root
+    python -m experiments.large_block 8B FOLDER
     python calibrate.py --model FOLDER --group-size 128 --dry-run
 
 The tokenizer is the bundled model's; the vocabulary is as large as that of Llama 3.
@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from command import guarded
-from eval import TINY
-from llama import Llama, LlamaConfig, write_config, write_tensors
+from llama import Llama
+from support.checkpoint import read_config, write_config, write_tensors
+from support.command import guarded
+from support.settings import TINY
 
 SIZES = {"8B": (4096, 14336, 32), "70B": (8192, 28672, 64)}  # hidden_size, intermediate_size, heads of Llama 3
 
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     raw |= {"num_attention_heads": heads, "num_key_value_heads": 8, "vocab_size": 128_256, "rope_theta": 500_000.0}
     raw |= {"max_position_embeddings": 8192, "tie_word_embeddings": False}
     with torch.device("meta"):
-        model = Llama(LlamaConfig.from_dict(raw))
+        model = Llama(read_config(raw))
     args.folder.mkdir()
     tensors = {}
     for name, t in model.state_dict().items():

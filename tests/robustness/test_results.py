@@ -8,8 +8,7 @@ import time
 import pytest
 from helpers import call
 
-import results
-from docs import page
+from experiments import page, results
 
 
 def test_the_page_is_what_the_records_say():

@@ -6,10 +6,12 @@ import sys
 
 import pytest
 import torch
+from helpers import call
 
 import kernel
-from helpers import call
-from kernel import BCQLinear, library, paths, random_layer
+from experiments import kernels
+from experiments.kernels import random_layer
+from kernel import BCQLinear, backends, library
 
 GPU_PATHS = ("cuda", "fast", "readable")
 WIDE = {"AVX2": ["avx2"], "AVX512": ["avx512", "avx2"]}.get(torch.backends.cpu.get_cpu_capability(), [])
@@ -31,7 +33,7 @@ def exact(layer: BCQLinear, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(params=PATHS)
 def path(request) -> str:
-    if request.param not in paths("cuda" if request.param in GPU_PATHS else "cpu"):
+    if request.param not in backends("cuda" if request.param in GPU_PATHS else "cpu"):
         pytest.skip(f"no compiler here makes {request.param}")
     return request.param
 
@@ -166,7 +168,7 @@ def afresh():
 
     def clear():
         library.cache_clear()
-        paths.cache_clear()
+        backends.cache_clear()
 
     yield clear
     clear()
@@ -175,12 +177,12 @@ def afresh():
 def test_an_environment_variable_forces_a_path(afresh, monkeypatch):
     for name in ("torch", "scalar") if library() else ("torch",):
         monkeypatch.setenv("FLEXBCQ_KERNEL", name)
-        paths.cache_clear()
-        assert paths("cpu") == [name]
+        backends.cache_clear()
+        assert backends("cpu") == [name]
     monkeypatch.setenv("FLEXBCQ_KERNEL", "abacus")
-    paths.cache_clear()
+    backends.cache_clear()
     with pytest.raises(ValueError, match="FLEXBCQ_KERNEL=abacus: this machine offers .*torch"):
-        paths("cpu")
+        backends("cpu")
 
 
 def test_a_lock_that_a_killed_process_left_is_not_waited_for(afresh):
@@ -199,7 +201,7 @@ def test_what_a_compiler_complains_of_is_said(afresh, monkeypatch, capfd, tmp_pa
     monkeypatch.setattr(kernel, "BUILD", tmp_path)
     monkeypatch.setenv("CXX", str(compiler))
     afresh()
-    assert paths("cpu") == ["torch"]
+    assert backends("cpu") == ["torch"]
     assert capfd.readouterr().err.endswith("no compiled kernels (a.cpp:1: error: not today): on with plain PyTorch\n")
 
 
@@ -209,12 +211,12 @@ def test_without_a_compiler_one_line_is_said_and_plain_pytorch_runs(afresh, monk
     afresh()
     layer, x = random_case("cpu", 40, 96, 3, 32, 2)
     torch.testing.assert_close(layer(x), x @ layer.dequantize().T)
-    assert paths("cpu") == ["torch"]
+    assert backends("cpu") == ["torch"]
     assert capfd.readouterr().err == "no compiled kernels (no C++ compiler is installed): on with plain PyTorch\n"
 
 
 def test_benchmark_writes_its_table_and_its_plot(tmp_path):
-    result = call(kernel.main, "--shapes", "64x128", "--bits", 3, "--batch", 1, "--rounds", 2, "--out", tmp_path / "b")
+    result = call(kernels.main, "--shapes", "64x128", "--bits", 3, "--batch", 1, "--rounds", 2, "--out", tmp_path / "b")
     assert result.code == 0 and "| 64 x 128 | 3 | 1 |" in result.out
     assert (tmp_path / "b.md").read_text() == result.out[:-1] and (tmp_path / "b.png").stat().st_size > 1000
 
@@ -222,14 +224,14 @@ def test_benchmark_writes_its_table_and_its_plot(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--shapes", "64"], "argument --shapes: invalid shape value: '64'"),
+        (["--shapes", "64"], "argument --shapes: invalid rows_x_columns value: '64'"),
         (["--bits", 9], "9 bits: choose 1 to 8"),
         (["--shapes", "64x100"], "in_features 100 cannot be cut into groups of 128"),
         (["--device", "abacus"], "abacus"),
     ],
 )
 def test_benchmark_refuses_in_one_line(arguments, message, tmp_path):
-    result = call(kernel.main, *arguments, "--out", tmp_path / "b")
+    result = call(kernels.main, *arguments, "--out", tmp_path / "b")
     assert result.code == 2 and message in result.err.splitlines()[-1]
     assert not any(tmp_path.iterdir())
 
@@ -242,7 +244,8 @@ def test_sanitizers_have_nothing_to_say(tmp_path):
     code = f"""
 import torch
 from torch.utils.cpp_extension import load
-from kernel import library, random_layer
+from experiments.kernels import random_layer
+from kernel import library
 flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-tree-ter", "-Wno-psabi"]
 checked = load("checked", ["kernel.cpp"], build_directory={str(tmp_path)!r}, extra_cflags=flags, extra_ldflags=flags)
 for path in checked.cpu_paths():

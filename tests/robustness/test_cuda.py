@@ -17,7 +17,7 @@ import torch
 
 from kernel import BCQLinear, from_tiles, library, unpack
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 AUTO, READABLE, FAST = range(3)
 TYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of kernel.cu
 READABLE_SHAPES = [  # out_features, in_features, group_size
@@ -62,7 +62,7 @@ def compile_for_cpu(output: Path, *arguments: str) -> None:
     if not shutil.which("g++"):
         pytest.skip("no g++ to compile kernel.cu with")
     command = ["g++", "-std=c++17", "-O1", "-g", "-fno-strict-aliasing", *arguments]
-    command += ["-x", "c++", "-include", ROOT / "tests/cuda_on_cpu.h", ROOT / "kernel.cu", "-o", output]
+    command += ["-x", "c++", "-include", ROOT / "tests/robustness/cuda_on_cpu.h", ROOT / "kernel.cu", "-o", output]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 

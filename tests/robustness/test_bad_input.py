@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import calibrate
 import eval
-import kernel
-from llama import Checkpoint
+from experiments import kernels
+from support.checkpoint import Checkpoint
 
 QUICK = ["--samples", "4", "--epochs", "1", "--group-size", "32", "--method", "rtn"]
 WEIGHTS, INDEX, UP = "model.safetensors", "model.safetensors.index.json", "model.layers.1.mlp.up_proj"
@@ -173,7 +173,7 @@ OPTIONS = {  # of calibrate.py
 }
 KERNEL_OPTIONS = {
     "device": (["--device", "abacus"], "--device abacus: not usable"),
-    "shape of nothing": (["--shapes", "0x128"], "argument --shapes: invalid shape value: '0x128'"),
+    "shape of nothing": (["--shapes", "0x128"], "argument --shapes: invalid rows_x_columns value: '0x128'"),
     "no tokens": (["--batch", "0"], "argument --batch: invalid positive value: '0'"),
     "no rounds": (["--rounds", "0"], "argument --rounds: invalid positive value: '0'"),
     "bits": (["--bits", "9", "--shapes", "64x64"], "9 bits: choose 1 to 8"),
@@ -344,7 +344,7 @@ def test_bad_option_of_eval(case, toy, tmp_path):
 @pytest.mark.parametrize("case", KERNEL_OPTIONS)
 def test_bad_option_of_the_kernel_benchmark(case, tmp_path):
     options, message = KERNEL_OPTIONS[case]
-    assert_refused(call(kernel.main, "--out", tmp_path / "out", *options), message, tmp_path, {})
+    assert_refused(call(kernels.main, "--out", tmp_path / "out", *options), message, tmp_path, {})
 
 
 @pytest.mark.parametrize("kind", ["link", "mount"])

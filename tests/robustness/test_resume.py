@@ -16,8 +16,8 @@ import torch
 from helpers import blocks_finished, call, snapshot
 
 from calibrate import main
-from llama import Checkpoint, whole_file
-from resume import REPORT, fingerprints
+from support.checkpoint import Checkpoint, whole_file
+from support.resume import REPORT, fingerprints
 
 SETTINGS = ["--samples", "8", "--epochs", "4", "--batch-size", "2", "--bits", "2", "--group-size", "32"]
 

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import calibrate
-from eval import load_tokenizer, main
-from llama import Checkpoint
-from mmlu import accuracy, last_logits, table
+from eval import main
+from support.checkpoint import Checkpoint
+from support.data import load_tokenizer
+from support.tasks import accuracy, last_logits, table
 
 WORDS = "list dict tuple for while return yield import class def lambda print open read write self name".split()
 

@@ -1,0 +1,189 @@
+"""Measure the kernels of this machine against F.linear, at several widths and batch sizes.
+
+    python -m experiments.kernels                          # two shapes of Llama-3 at 2, 3 and 4 bits
+    python -m experiments.kernels --shapes 1024x1024 --batch 1
+
+Writes the table to OUT.md and a plot to OUT.png.
+"""
+
+import argparse
+import functools
+import itertools
+import statistics
+import time
+from pathlib import Path
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from kernel import BCQLinear, backends
+from support.command import check_device, default_device, guarded
+
+CACHE = 2.4e8  # bytes: no cache of a CPU or GPU holds as much
+
+
+def random_layer(out_features: int, in_features: int, n_bits: int, group_size: int, device="cpu") -> BCQLinear:
+    """A layer of random bits, for measuring and testing."""
+    layer = BCQLinear(in_features, out_features, n_bits, group_size)
+    layer.bit_planes.random_(-(2**31), 2**31)
+    layer.alpha.uniform_(0.1, 1)
+    layer.shift.normal_()
+    return layer.to(device)
+
+
+def medians(calls: dict[str, list[Callable]], device: torch.device, n_rounds: int) -> dict[str, float]:
+    """Median seconds of one call. calls: by name, a list of calls that do the same with copies of their data.
+
+    The names take turns, so that what slows the machine down hits them alike."""
+    timer = seconds_cuda if device.type == "cuda" else seconds_cpu
+    for same in calls.values():
+        timer(same)  # warm up
+
+    seconds = {name: [] for name in calls}
+    for _ in range(n_rounds):
+        for name, same in calls.items():
+            seconds[name] += timer(same)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def seconds_cpu(calls: list[Callable]) -> list[float]:
+    seconds = []
+    for call in calls:
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def seconds_cuda(calls: list[Callable]) -> list[float]:
+    """All calls in one CUDA graph, so that launching them from Python is not what is measured."""
+    graph, start, stop = torch.cuda.CUDAGraph(), torch.cuda.Event(True), torch.cuda.Event(True)
+    for call in calls:
+        call()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    seconds = []
+    for _ in range(5):
+        graph.replay()  # not timed: the card is still busy with it when the next one arrives
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        seconds.append(start.elapsed_time(stop) / 1000 / len(calls))
+    return seconds[1:]
+
+
+def contestants(
+    shape: tuple[int, int], n_bits: int, group_size: int, device: torch.device
+) -> tuple[list[BCQLinear], dict[torch.dtype, list[torch.Tensor]]]:
+    """Copies of one layer as bit-planes, and as ordinary weights in each dtype: more than a cache holds."""
+    layer = random_layer(*shape, n_bits, group_size, device)
+    size = sum(t.nbytes for t in layer.buffers())
+    n_layers = min(100, 1 + int(CACHE // size))
+    layers = [layer] + [random_layer(*shape, n_bits, group_size, device) for _ in range(n_layers - 1)]
+
+    dtypes = [torch.float16] if device.type == "cuda" else [torch.float32, torch.bfloat16]
+    n_weights = 1 + int(CACHE // (shape[0] * shape[1] * 2))
+    weights = {t: [torch.randn(shape, device=device).to(t) for _ in range(n_weights)] for t in dtypes}
+    return layers, weights
+
+
+def measure(
+    shape: tuple[int, int], n_bits: int, group_size: int, batch_sizes: list[int], device: torch.device, n_rounds: int
+) -> list[dict]:
+    """One row of the table per batch size: ours and F.linear, in turns, and a read of 256 MB."""
+    out_features, in_features = shape
+    layers, weights = contestants(shape, n_bits, group_size, device)
+    size = sum(t.nbytes for t in layers[0].buffers())
+    stream = torch.randn(2**26, device=device)
+
+    rows = []
+    for batch in batch_sizes:
+        x = {dtype: torch.randn(batch, in_features, device=device, dtype=dtype) for dtype in weights}
+        calls = {"bcq": [functools.partial(layer, x[next(iter(x))]) for layer in layers], "read": [stream.sum]}
+        for dtype, copies in weights.items():
+            calls[str(dtype)] = [functools.partial(F.linear, x[dtype], w) for w in copies]
+        seconds = medians(calls, device, n_rounds)
+
+        us = seconds["bcq"] * 1e6
+        speed, read = size / seconds["bcq"] / 1e9, stream.nbytes / seconds["read"] / 1e9
+        row = {"out x in": f"{out_features} x {in_features}", "bits": n_bits, "batch": batch}
+        row |= {"us": f"{us:.{int(us < 100)}f}", "GB/s": f"{speed:.1f}", "% of read": f"{100 * speed / read:.0f}"}
+        for dtype in weights:
+            row[f"x F.linear {str(dtype)[6:]}"] = f"{seconds[str(dtype)] / seconds['bcq']:.1f}"
+        rows.append(row | {"read GB/s": f"{read:.1f}"})
+    return rows
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """GB/s of weights against bits, a line per shape at the first batch size, and the read bandwidth as the roof."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    first = [row for row in rows if row["batch"] == rows[0]["batch"]]
+    looks = itertools.cycle(zip("osD^", ("#0072B2", "#D55E00", "#009E73", "#CC79A7")))
+    for shape, (marker, color) in zip(dict.fromkeys(row["out x in"] for row in first), looks):
+        points = [(r["bits"], float(r["GB/s"])) for r in first if r["out x in"] == shape]
+        axes.plot(*zip(*points), marker=marker, color=color, label=shape)
+    roof = statistics.median(float(row["read GB/s"]) for row in rows)
+    axes.axhline(roof, color="black", linestyle="--", label="read bandwidth")
+    axes.set(xlabel="bits per weight (planes)", ylabel="weights read, GB/s", ylim=(0, None))
+    axes.set(title=f"y = x W^T from bit-planes, batch {rows[0]['batch']}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def rows_x_columns(text: str) -> tuple[int, int]:
+    """A shape, for argparse.
+
+    >>> rows_x_columns("8192x28672")
+    (8192, 28672)"""
+    out_features, in_features = map(positive, text.split("x"))
+    return out_features, in_features
+
+
+def run(args: argparse.Namespace) -> None:
+    device = check_device(args.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    title = f"{name}, groups of {args.group_size}, path {backends(device.type)[0]}"
+
+    rows, jobs = [], list(itertools.product(args.shapes, args.bits))
+    with torch.inference_mode():
+        for shape, n_bits in tqdm(jobs, unit="weight", leave=False):
+            rows += measure(shape, n_bits, args.group_size, args.batch, device, args.rounds)
+
+    lines = [list(rows[0]), ["---:"] * len(rows[0]), *(map(str, row.values()) for row in rows)]
+    table = f"{title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    print(table)
+    Path(args.out + ".md").write_text(table, "utf-8")
+    plot(rows, Path(args.out + ".png"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the kernels of this machine against F.linear.")
+    add = parser.add_argument
+    shapes = [(8192, 28672), (14336, 4096)]
+    add("--shapes", nargs="+", type=rows_x_columns, default=shapes, help="(default: 8192x28672 14336x4096)")
+    add("--bits", nargs="+", type=int, default=[2, 3, 4], help="(default: 2 3 4)")
+    add("--batch", nargs="+", type=positive, default=[1, 4, 8], help="tokens at once (default: 1 4 8)")
+    add("--group-size", type=int, default=128, help="-1: a row (default: %(default)s)")
+    add("--device", default=default_device(), help="(default: %(default)s)")
+    add("--rounds", type=positive, default=15, help="measurements of each; the median counts (default: %(default)s)")
+    add("--out", default="benchmark", help="write OUT.md and OUT.png (default: %(default)s)")
+    guarded(run, parser)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Make the measurements that RESULTS.md shows, and write it; page.py says which they are and how they are shown.
+
+    python -m experiments.results                                      # on the bundled model: the ablation
+    python -m experiments.results --model smollm2 --data wikitext-2    # on SmolLM2-135M too: the four methods
+
+smollm2 is a Hugging Face folder; wikitext-2 holds wiki.valid.tokens (calibration) and wiki.test.raw (evaluation). A
+measurement is one call of calibrate.py with the options that the page shows. Each is kept in experiments/results.json
+as soon as it is there and made only once, so this can be stopped and started again.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from threading import Lock
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from calibrate import Activations, quantize_layers, train_block
+from experiments import page
+from llama import rope_tables
+from support.checkpoint import Checkpoint, write_json
+from support.command import check_device, default_device, guarded
+from support.settings import Settings
+
+
+def machine(device: str, threads: int) -> str:
+    """The hardware, by name."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
+    plural = "thread" if threads == 1 else "threads"
+    return f"{names[0] if names else platform.processor()}, {threads} {plural}"
+
+
+def measure(chosen: str, model: Path | None, data: Path | None, device: str, threads: int) -> dict:
+    """Calibrate in a process of its own, into a folder that is deleted. Raises OSError with what it printed last.
+
+    chosen: options of calibrate.py; model, data: for the runs on SmolLM2"""
+    command = ["calibrate.py", "--device", device]
+    if chosen.startswith(page.SETTING):
+        command += ["--model", model, "--text", data / "wiki.valid.tokens", "--eval-text", data / "wiki.test.raw"]
+    command += [*chosen.split(), "--baselines" if chosen in page.with_original() else "--no-baselines"]
+
+    with tempfile.TemporaryDirectory() as folder:
+        call([*command, "--out", Path(folder) / "out"], threads)
+        report = json.loads((Path(folder) / "out" / "calibration.json").read_text())
+
+    kept = ("perplexity", "bits_per_weight", "seconds", "cpu_seconds", "peak_bytes", "eval_windows", "versions")
+    record = {key: report[key] for key in kept}
+    if "moves" in report["blocks"][0]:
+        moves = zip(*(block["moves"] for block in report["blocks"]))
+        record["moves"] = [statistics.mean(shares) for shares in moves]
+    return record | {"machine": machine(device, threads)}
+
+
+def call(command: list, threads: int) -> None:
+    """Run a program of this repository. Raises OSError with the last line it printed if it fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=page.ROOT)
+    if done.returncode:
+        *_, last = "no error message", *done.stderr.strip().splitlines()
+        raise OSError(f"{' '.join(command[1:])}: exit code {done.returncode}, {last}")
+
+
+def measure_step(model: Path, device: str) -> dict[str, float]:
+    """Milliseconds of a training step of 512 tokens on block 0, and of the original block's share of it."""
+    bits, group_size = page.MAIN
+    settings = Settings(bits=bits, group_size=group_size, epochs=1, batch_size=1, samples=16, n_ratios=1)
+    checkpoint = Checkpoint(model)
+    block = checkpoint.block(0, device=device)
+    original = checkpoint.block(0, device=device).requires_grad_(True)
+    quantizers = list(quantize_layers(checkpoint, block, 0, settings).values())
+    noise = torch.randn(16, 512, checkpoint.config.hidden_size)
+    x = Activations(noise, noise, noise, rope_tables(checkpoint.config, 512, device))
+
+    def original_alone() -> None:
+        for part in noise.split(1):
+            part = part.to(device)
+            loss = F.mse_loss(original(part, *x.rope), part)
+            loss.backward()
+            loss.item()  # a GPU is waited for
+
+    milliseconds = {}
+    for name, steps in (
+        ("original", original_alone),
+        ("step", lambda: train_block(block, quantizers, x, settings, seed=0)),
+    ):
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            steps()
+            times.append((time.perf_counter() - start) / len(noise))
+        milliseconds[name] = 1000 * statistics.median(times[1:])
+    return milliseconds | {"machine": machine(device, torch.get_num_threads())}
+
+
+def measure_all(
+    store: dict, model: Path | None, data: Path | None, device: str, n_jobs: int, n_runs: int | None
+) -> None:
+    """Fill the store with what it lacks, at most n_runs, n_jobs of them side by side."""
+    if model and "step" not in store:
+        store["step"] = measure_step(model, device)
+        write_json(page.STORE, store)
+
+    lock, threads = Lock(), max(1, os.cpu_count() // n_jobs)
+
+    def keep(chosen: str) -> None:
+        record = measure(chosen, model, data, device, threads)
+        with lock:
+            store["runs"][chosen] = record
+            write_json(page.STORE, store)
+
+    missing = [chosen for chosen in page.wanted(with_model=bool(model)) if chosen not in store["runs"]][:n_runs]
+    with ThreadPoolExecutor(n_jobs) as pool:
+        futures = [pool.submit(keep, chosen) for chosen in missing]
+        try:
+            for future in tqdm(as_completed(futures), total=len(missing), unit="run", disable=not missing):
+                future.result()
+        finally:  # after an error start no other run; those that have started are kept
+            pool.shutdown(cancel_futures=True)
+
+
+def run(args: argparse.Namespace) -> None:
+    store = json.loads(page.STORE.read_text("utf-8")) if page.STORE.exists() else {"runs": {}}
+
+    # what was asked for
+    model, data = (path and path.resolve() for path in (args.model, args.data))  # the runs start in another folder
+    if model:
+        names = "wiki.valid.tokens", "wiki.test.raw"
+        if data is None or not all((data / name).is_file() for name in names):
+            raise OSError(f"--data {args.data}: no folder with {' and '.join(names)}")
+    if args.jobs < 1 or (args.runs or 0) < 0:
+        raise ValueError(f"--jobs {args.jobs} --runs {args.runs}: at least 1 job and 0 runs")
+    check_device(args.device)
+
+    measure_all(store, model, data, args.device, args.jobs, args.runs)
+    if lacking := set(page.with_original()) - store["runs"].keys():
+        raise OSError(f"{page.STORE}: too few runs for a page; make {min(lacking)} first (of SmolLM2: --model, --data)")
+    page.write_page(store)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure what RESULTS.md shows, as far as it is missing; write it.")
+    add = parser.add_argument
+    add("--model", type=Path, help="folder of SmolLM2-135M (default: measure the bundled model only)")
+    add("--data", type=Path, help="folder with wiki.valid.tokens and wiki.test.raw")
+    add("--jobs", type=int, default=1, help="runs side by side, sharing the cores (default: %(default)s)")
+    add("--runs", type=int, help="make only so many (default: all that are missing)")
+    add("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+    guarded(run, parser)
+
+
+if __name__ == "__main__":
+    main()

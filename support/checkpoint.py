@@ -1,0 +1,411 @@
+"""Hugging Face checkpoint folders, original and packed: reading one module at a time, writing whole files.
+
+A folder holds `config.json`, `tokenizer.json` and either `model.safetensors` or shards with
+`model.safetensors.index.json`. A file is memory-mapped only while a tensor is read, and `Checkpoint` builds one module
+at a time, so a 70B model can be walked through block by block:
+
+    checkpoint = Checkpoint("models/tiny")
+    block = checkpoint.block(0)                  # one decoder layer, float32, on the CPU
+    model = checkpoint.model()                   # all of it
+
+In a packed folder (`calibrate.py` writes those) a linear layer is stored as bit-planes and loads as a `BCQLinear`.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Callable, Iterator, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kernel import BCQLinear
+from llama import Block, Llama, LlamaConfig, RMSNorm, linears
+
+# ------------------------------------------------------------------------------------------------------- config.json
+
+KIND_TEXT = {int: "a whole number, 1 to 2^30", float: "a number above 0", bool: "true or false"}
+
+
+def setting(raw: dict, key: str, kind: type, default=None):
+    """raw[key], or `default` if it is absent or null. Raises ValueError if it is not of this kind."""
+    value = raw.get(key)
+    if value is None and default is not None:
+        return default
+
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if kind is not bool:
+        fits = fits and not isinstance(value, bool) and 0 < value < (2**30 + 1 if kind is int else math.inf)
+    if not fits:
+        raise ValueError(f"{key} is {value!r:.60}: must be {KIND_TEXT[kind]}")
+    return value
+
+
+def nested(raw: dict, *keys: str) -> dict:
+    """The first of these that is set, or {}. Raises ValueError if it is not a JSON object."""
+    for key in keys:
+        if raw.get(key) and not isinstance(raw[key], dict):
+            raise ValueError(f"{key} is {raw[key]!r:.60}: must be a JSON object")
+    return next((raw[key] for key in keys if raw.get(key)), {})
+
+
+def check_rope(rope: dict) -> None:
+    """Raises ValueError naming a setting that `rope_frequencies` cannot work with."""
+    setting(rope, "rope_theta", float)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"rope_type {kind!r:.60} is not supported: only 'default' and 'llama3' are")
+    if kind == "llama3":
+        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            setting(rope, key, float)
+        if rope["low_freq_factor"] >= rope["high_freq_factor"]:
+            raise ValueError("low_freq_factor is not below high_freq_factor")
+
+
+def check_quantization(quantization: dict) -> None:
+    """Raises ValueError if a `quantization_config` is not one of ours."""
+    method = quantization.get("quant_method")
+    if method != "flexbcq":
+        raise ValueError(f"quant_method {method!r:.60} is not supported: only 'flexbcq' is")
+    setting(quantization, "bits", int)
+    if quantization.get("group_size") != -1:
+        setting(quantization, "group_size", int)
+
+
+def read_config(raw: dict) -> LlamaConfig:
+    """Check a `config.json` and pick the fields that count. Raises ValueError naming the field."""
+    # what would be another model
+    if raw.get("model_type") not in ("llama", "mistral"):
+        raise ValueError(f"model_type {raw.get('model_type')!r:.60} is not supported: only 'llama' and 'mistral' are")
+    for key in ("attention_bias", "mlp_bias"):
+        if raw.get(key):
+            raise ValueError(f"{key} is set: linear layers with a bias are not supported")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act {raw['hidden_act']!r:.60} is not supported: only 'silu' is")
+
+    # the numbers, each of its kind
+    chosen = {
+        f.name: setting(raw, f.name, f.type, None if f.default is MISSING else f.default)
+        for f in fields(LlamaConfig)
+        if f.type in KIND_TEXT
+    }
+
+    # Mistral 0.1: inside its window, sliding attention is plain attention
+    context = chosen["max_position_embeddings"]
+    chosen["max_position_embeddings"] = min(context, setting(raw, "sliding_window", int, context))
+
+    # rope_theta stands at the top level, or among the numbers of the scaling
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0)} | nested(raw, "rope_scaling", "rope_parameters")
+    check_rope(rope)
+
+    quantization = nested(raw, "quantization_config") or None
+    if quantization:
+        check_quantization(quantization)
+
+    config = LlamaConfig(**chosen, rope=rope, quantization=quantization)
+    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    if heads % kv_heads or size % 2 or not 0 < heads * size < 2**30:
+        raise ValueError(f"{heads} attention heads of size {size} do not go with {kv_heads} key/value heads")
+    return config
+
+
+# ----------------------------------------------------------------------------------------------------------- reading
+
+
+def open_tensors(path: Path) -> safe_open:
+    """A safetensors file, to be used in a `with`. Raises OSError if it is missing or damaged."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{path}: missing or damaged ({error}); download it again") from None
+
+
+class Stored(NamedTuple):
+    """Where a tensor is, and what its file says of it."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+FILE_DTYPES = {  # dtype of a module's tensor -> what it may be in a file
+    torch.float32: ("F32", "BF16", "F16", "F64"),
+    torch.float16: ("F16",),
+    torch.int32: ("I32",),
+}
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I32": 4}
+
+
+class Checkpoint:
+    """A Hugging Face folder, whose tensors are read when asked for.
+
+    Name, dtype and shape of every tensor are checked here, before anything is computed; a tensor that the model does
+    not use is an error as well, since config.json then belongs to another model. Raises OSError or ValueError with one
+    line that names the file or the tensor."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise OSError(
+                f"{folder}: no such folder; for a model on Hugging Face, first run "
+                f"`hf download {folder} --local-dir FOLDER` (from `pip install huggingface_hub`) and give FOLDER"
+            )
+
+        self.raw_config = self._json("config.json")
+        try:
+            self.config = read_config(self.raw_config)
+        except ValueError as error:
+            raise ValueError(f"{self.folder / 'config.json'}: {error}") from None
+
+        self._stored = self._read_headers()
+        self.tied = self.config.tie_word_embeddings and "lm_head.weight" not in self._stored
+        self._check()
+
+    def _json(self, name: str) -> dict:
+        try:
+            content = json.loads((self.folder / name).read_bytes())
+        except FileNotFoundError:
+            raise OSError(f"{self.folder}: no {name} in this folder; is it a Hugging Face checkpoint?") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.folder / name}: not JSON ({error}); download it again") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{self.folder / name}: not a JSON object; download it again")
+        return content
+
+    # ---- the files
+
+    def shards(self) -> list[Path]:
+        """The weight files: `model.safetensors`, or those the index names."""
+        single, index = self.folder / "model.safetensors", "model.safetensors.index.json"
+        if single.exists():
+            return [single]
+        try:
+            names = sorted(set(self._json(index)["weight_map"].values()))
+            outside = [name for name in names if name != Path(name).name]
+        except (LookupError, TypeError, AttributeError):
+            raise ValueError(f"{self.folder / index}: no weight_map from tensors to files; download it again") from None
+        if outside:
+            raise ValueError(f"{self.folder / index}: {outside[0]!r:.60} is not a file name; download it again")
+        return [self.folder / name for name in names]
+
+    def file_size(self) -> int:
+        """Bytes of the weight files."""
+        return sum(file.stat().st_size for file in self.shards())
+
+    def n_bytes(self, wanted: Callable[[str], bool]) -> int:
+        """Bytes that the tensors with a wanted name take in the files."""
+        return sum(
+            math.prod(stored.shape) * DTYPE_BYTES.get(stored.dtype, 0)
+            for name, stored in self._stored.items()
+            if wanted(name)
+        )
+
+    def _read_headers(self) -> dict[str, Stored]:
+        """All tensors in the files, by name."""
+        found = {}
+        for path in self.shards():
+            with open_tensors(path) as file:
+                for name in file.keys():
+                    if name in found:
+                        raise ValueError(f"{path}: {name} is also in {found[name].path.name}; delete the wrong file")
+                    header = file.get_slice(name)
+                    found[name] = Stored(path, header.get_dtype(), tuple(header.get_shape()))
+        return found
+
+    def _entry(self, name: str) -> Stored:
+        """Raises ValueError if there is no such tensor."""
+        if name not in self._stored:
+            raise ValueError(f"{self.folder}: tensor {name} is in none of the files; download the checkpoint again")
+        return self._stored[name]
+
+    def _check(self) -> None:
+        """Raises ValueError naming a tensor that is absent, or not what config.json says."""
+        # is every block there? Before a module is built for each of them
+        for i in range(self.config.num_hidden_layers):
+            self._entry(f"model.layers.{i}.input_layernorm.weight")
+        if not self.config.quantization and any(name.endswith(".bit_planes") for name in self._stored):
+            raise ValueError(f"{self.folder}: holds bit-planes, but config.json has no quantization_config")
+
+        # what the model needs
+        with torch.device("meta"):
+            expected = self._put_planes(Llama(self.config), "").state_dict()
+        if self.tied:
+            del expected["lm_head.weight"]
+        for name, t in expected.items():
+            _, dtype, shape = self._entry(name)
+            if shape != t.shape:
+                raise ValueError(f"{self.folder}: {name} has shape {shape}, config.json says {tuple(t.shape)}")
+            if dtype not in FILE_DTYPES[t.dtype]:
+                raise ValueError(f"{self.folder}: {name} is {dtype}, supported is {' or '.join(FILE_DTYPES[t.dtype])}")
+
+        # what it does not use; early Llamas stored the RoPE frequencies, which we compute
+        for name in sorted(self._stored.keys() - expected.keys()):
+            if not name.endswith("rotary_emb.inv_freq"):
+                raise ValueError(f"{self.folder}: tensor {name} has no place in the model that config.json describes")
+
+    # ---- tensors
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor in its stored dtype. Raises ValueError if it is not finite.
+
+        The file is opened for this tensor alone: a file left mapped would count as memory in use."""
+        with open_tensors(self._entry(name).path) as file:
+            tensor = file.get_tensor(name)
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{self.folder}: {name} contains NaN or infinity; download the checkpoint again")
+        return tensor
+
+    def tensors(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        """All tensors with a wanted name, as they are in the files."""
+        return {name: self.tensor(name) for name in self._stored if wanted(name)}
+
+    def check_ids(self, ids: Tensor) -> Tensor:
+        """Raises ValueError if there are tokens the model does not know."""
+        if ids.numel() and ids.max() >= self.config.vocab_size:
+            raise ValueError(
+                f"{self.folder / 'tokenizer.json'}: gives token {ids.max()}, config.json says vocab_size "
+                f"{self.config.vocab_size}; they belong to different models"
+            )
+        return ids
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids: (...) int64 -> embeddings (..., hidden_size) float32, without a float32 copy of the whole table."""
+        return F.embedding(self.check_ids(ids), self.tensor("model.embed_tokens.weight")).float()
+
+    # ---- modules
+
+    def _put_planes(self, module: nn.Module, prefix: str) -> nn.Module:
+        """Put an empty `BCQLinear` wherever the files hold bit-planes."""
+        for name, linear in linears(module).items():
+            if f"{prefix}{name}.bit_planes" not in self._stored:
+                continue
+            bits, group_size = self.config.quantization["bits"], self.config.quantization["group_size"]
+            try:
+                packed = BCQLinear(linear.in_features, linear.out_features, bits, group_size)
+            except ValueError as error:
+                raise ValueError(f"{self.folder / 'config.json'}: {prefix}{name}: {error}") from None
+            module.set_submodule(name, packed)
+        return module
+
+    def _fill(self, module: nn.Module, prefix: str, dtype: torch.dtype, device) -> nn.Module:
+        """Load a module that was built on the meta device."""
+        self._put_planes(module, prefix)
+        state = {name: self.tensor(prefix + name) for name in module.state_dict()}
+
+        # a BCQLinear keeps its int32 planes and fp16 scales, whatever dtype it multiplies with
+        state = {name: t.to(dtype) if name.endswith("weight") else t for name, t in state.items()}
+        module.load_state_dict(state, assign=True)
+        return module.requires_grad_(False).to(device)
+
+    def block(self, i: int, dtype=torch.float32, device="cpu") -> Block:
+        """Decoder layer i."""
+        with torch.device("meta"):
+            block = Block(self.config)
+        return self._fill(block, f"model.layers.{i}.", dtype, device)
+
+    def embedding(self, dtype=torch.float32, device="cpu") -> nn.Embedding:
+        """Token embeddings: (vocab_size, hidden_size)."""
+        with torch.device("meta"):
+            embedding = nn.Embedding(self.config.vocab_size, self.config.hidden_size)
+        return self._fill(embedding, "model.embed_tokens.", dtype, device)
+
+    def head(self, dtype=torch.float32, device="cpu") -> nn.Sequential:
+        """The final norm and lm_head: (..., hidden_size) -> logits (..., vocab_size)."""
+        with torch.device("meta"):
+            norm = RMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
+            lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        self._fill(norm, "model.norm.", dtype, device)
+        self._fill(lm_head, "model.embed_tokens." if self.tied else "lm_head.", dtype, device)
+        return nn.Sequential(norm, lm_head)
+
+    def model(self, dtype=torch.float32, device="cpu", head_dtype: torch.dtype | None = None) -> Llama:
+        """The whole model; embedding and lm_head may have a dtype of their own."""
+        with torch.device("meta"):
+            model = Llama(self.config)
+        model.model.embed_tokens = self.embedding(head_dtype or dtype, device)
+        model.model.layers = nn.ModuleList(self.block(i, dtype, device) for i in range(self.config.num_hidden_layers))
+        model.model.norm, lm_head = self.head(dtype, device)
+        model.lm_head = lm_head.to(head_dtype or dtype)
+        if self.tied:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        return model
+
+
+# ----------------------------------------------------------------------------------------------------------- writing
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk holds the bytes of a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)  # Windows syncs what may be written to
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """`sync` where a folder can be synced: not on Windows, nor on every network file system, which do it themselves."""
+    with contextlib.suppress(OSError):
+        sync(folder)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name; what is written there appears under `path` whole or, on any failure, not at all.
+
+    Raises OSError, for example when the disk is full."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+    except (SafetensorError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path.parent}: could not write {path.name} ({error}); is the disk full?") from None
+    sync_folder(path.parent)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write one safetensors file."""
+    with whole_file(path) as temporary:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
+        temporary.chmod(0o644)  # the library leaves 0600
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write one JSON file, indented."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8", newline="\n")
+
+
+def side_files(folder: Path) -> list[Path]:
+    """What belongs to a model besides config and weights: tokenizer, generation settings."""
+    files = [f for f in folder.iterdir() if f.suffix in (".json", ".model", ".jinja", ".txt") and f.is_file()]
+    return [f for f in files if f.name not in ("config.json", "calibration.json") and "safetensors" not in f.name]
+
+
+def write_config(folder: Path, config: dict, source: Path | None = None) -> None:
+    """Write `config.json` and, with `source`, copy its side files."""
+    write_json(folder / "config.json", config)
+    for file in side_files(source) if source else ():
+        with whole_file(folder / file.name) as temporary:
+            shutil.copyfile(file, temporary)
+
+
+def write_index(folder: Path) -> None:
+    """Write `model.safetensors.index.json` for all shards in the folder."""
+    weight_map = {}
+    for path in sorted(folder.glob("model-*.safetensors")):
+        with open_tensors(path) as file:
+            weight_map |= dict.fromkeys(file.keys(), path.name)
+    total_size = sum(path.stat().st_size for path in folder.glob("model-*.safetensors"))
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    write_json(folder / "model.safetensors.index.json", index)

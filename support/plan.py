@@ -1,0 +1,165 @@
+"""Before and after a calibration: the checks, what it needs in disk and memory, its table and its plot."""
+
+import os
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+from matplotlib.figure import Figure
+
+from kernel import BCQLinear
+from llama import Block, linears
+from support import parallel
+from support.checkpoint import Checkpoint, side_files
+from support.command import check_device
+from support.data import resolve_seq_len
+from support.resume import check_out, partial_folder
+from support.settings import TINY, Settings
+
+EPOCHS, QUICK_EPOCHS = 20, 1  # of the paper; of the bundled model, less than three minutes on two CPU cores
+
+
+def resolve(settings: Settings) -> tuple[Checkpoint, Settings]:
+    """The model, and the settings with what depends on it or on the machine filled in. Raises ValueError or OSError."""
+    device = check_device(parallel.start(settings.device))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+    checkpoint = Checkpoint(settings.model)
+    if checkpoint.config.quantization:
+        raise ValueError(f"{settings.model}: is quantized already; give the original model")
+    name = checkpoint.folder.resolve().name
+    is_bundled = checkpoint.folder.resolve() == TINY
+    seq_len = resolve_seq_len(settings.seq_len, checkpoint)
+    eval_seq_len = seq_len if settings.eval_seq_len is None else settings.eval_seq_len
+
+    settings = replace(
+        settings,
+        device=device,
+        out=settings.out or Path(f"{name}-{settings.method}-{settings.bits}bit"),
+        seq_len=seq_len,
+        eval_seq_len=resolve_seq_len(eval_seq_len, checkpoint, "--eval-seq-len"),
+        epochs=settings.epochs or (QUICK_EPOCHS if is_bundled else EPOCHS),
+        batch_size=settings.batch_size or parallel.world(),
+    )
+    check_folders(checkpoint, settings)
+    if settings.samples % settings.batch_size or settings.batch_size % parallel.world():
+        raise ValueError(
+            f"--batch-size {settings.batch_size}: must divide --samples {settings.samples}, and the number of "
+            f"processes ({parallel.world()}) must divide it"
+        )
+    return checkpoint, settings
+
+
+def check_folders(checkpoint: Checkpoint, settings: Settings) -> None:
+    """Raises OSError if something could not be written or copied at the end of the run."""
+    check_out(settings.out)
+    folder = settings.out.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OSError(f"--out {settings.out}: {folder} is no folder that can be written to; create it first")
+    for file in side_files(checkpoint.folder):
+        file.open("rb").close()  # can it be read?
+
+    if settings.offload and not os.access(settings.offload, os.W_OK | os.X_OK):
+        raise OSError(f"--offload {settings.offload}: no folder that can be written to; create it first")
+    if settings.offload and sys.platform == "win32":
+        raise OSError("--offload: Windows cannot delete a file that is in use, so it would stay behind; leave it out")
+
+
+def check_layers(checkpoint: Checkpoint, settings: Settings) -> tuple[int, float]:
+    """Weights to quantize in a block, and stored bits for each, alpha and shift counted.
+
+    Raises ValueError naming a layer that does not fit."""
+    with torch.device("meta"):
+        block = Block(checkpoint.config)
+
+    weights = stored = 0
+    for name, linear in linears(block).items():
+        try:
+            packed = BCQLinear(linear.in_features, linear.out_features, settings.bits, settings.group_size)
+        except ValueError as error:
+            raise ValueError(f"model.layers.0.{name}: {error}") from None
+        weights += linear.weight.numel()
+        stored += sum(8 * t.numel() * t.element_size() for t in packed.state_dict().values())
+    return weights, stored / weights
+
+
+def check_space(checkpoint: Checkpoint, settings: Settings, weights: int, bits: float) -> None:
+    """Print what will be needed on the host. Raises ValueError if there is less of it.
+
+    weights, bits: as `check_layers` returns them"""
+    config = checkpoint.config
+
+    # the new files, without those left by an interrupted run that we continue
+    stored = checkpoint.file_size()
+    if not settings.dequantized:
+        linear = checkpoint.n_bytes(lambda name: name.endswith("_proj.weight"))
+        stored += config.num_hidden_layers * weights * bits / 8 - linear
+    left = sum(file.stat().st_size for file in partial_folder(settings.out).glob("*"))
+    needs = {f"--out {settings.out}": (stored - left, shutil.disk_usage(settings.out.parent).free)}
+
+    # three sets of activations in bf16
+    activations = 3 * 2 * settings.samples * settings.seq_len * config.hidden_size
+    if settings.offload:
+        needs[f"--offload {settings.offload}"] = activations, shutil.disk_usage(settings.offload).free
+    else:
+        needs[f"--samples {settings.samples}, activations in memory"] = activations, psutil.virtual_memory().total
+
+    for name, (needed, free) in needs.items():
+        print(f"{name}: {needed / 1e9:.3f} GB of {free / 1e9:.1f} GB")
+        if needed > free:
+            raise ValueError(
+                f"{name}: needs {needed / 1e9:.3f} GB, there are {free / 1e9:.3f}; make space or ask for less"
+            )
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process, in bytes; where the system keeps no record of it, what it has now."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_and_total(device: torch.device) -> tuple[int, int]:
+    """Bytes of the device's memory: the peak of this process so far, and what there is."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), torch.cuda.mem_get_info(device)[1]
+    return peak_bytes(), psutil.virtual_memory().total
+
+
+# -------------------------------------------------------------------------------------------------------- the report
+
+
+def stored_bits(checkpoint: Checkpoint, weights: int) -> float:
+    """Bits per quantized weight as stored on disk, alpha and shift included. weights: how many in a block."""
+    return 8 * checkpoint.n_bytes(lambda name: "_proj." in name) / (checkpoint.config.num_hidden_layers * weights)
+
+
+def print_table(perplexities: dict[str, float], bits: int, weights: int, source: Checkpoint, written: Checkpoint):
+    """A line per model: perplexity, stored bits per quantized weight, size of the weight files."""
+    print(f"\n{'':20}{'perplexity':>12}{'bits per weight':>18}{'files':>12}")
+    for name, value in perplexities.items():
+        checkpoint = source if name == "original" else written
+        label = name if name == "original" else f"{name}, {bits} bits"
+        size = f"{checkpoint.file_size() / 1e6:9.1f} MB"
+        print(f"{label:20}{value:12.3f}{stored_bits(checkpoint, weights):18.3f}{size}")
+
+
+def plot(records: list[dict], title: str, path: Path) -> None:
+    """Loss of each block before and after training."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    blocks = range(1, len(records) + 1)
+    axes.semilogy(blocks, [r["loss_before"] for r in records], "o--", color="#D55E00", label="before training")
+    axes.semilogy(blocks, [r["loss_after"] for r in records], "s-", color="#0072B2", label="as written")
+    axes.set(xlabel="block", ylabel="mean squared error of the block's output", title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120, format="png")

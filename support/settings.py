@@ -1,0 +1,160 @@
+"""Every option of calibrate.py and eval.py, once: its default, its range and its help.
+
+The command lines, the checks, the report of a run, the check before it is resumed and the notebook all use these two
+dataclasses. A field is an option: `bits` is `--bits`, and `Settings(bits=2)` is `--bits 2`. A new option is one line
+here and the line that reads it.
+"""
+
+import argparse
+import math
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from flexbcq import METHODS
+from support.command import default_device
+
+TINY = Path(__file__).parent.parent / "models" / "tiny"
+METAVAR = {int: "N", float: "X", str: "NAME", Path: "PATH"}
+FOUND = "cuda if there is one, else cpu"
+
+
+def option(section: str, default: Any, text: str, low: float = -math.inf, high: float = math.inf, **more: Any):
+    """A field with what the command line says about it.
+
+    low, high: the range of a number, both ends included; more: choices, shown (the default in words)"""
+    metadata = {"section": section, "text": text, "range": (low, high), **more}
+    return field(**{"default_factory" if callable(default) else "default": default}, metadata=metadata)
+
+
+files = partial(option, "input and output")
+quantization = partial(option, "quantization")
+calibration = partial(option, "calibration")
+switch = partial(option, "switches, for ablations")
+evaluation = partial(option, "evaluation")
+machine = partial(option, "machine")
+DECISIVE = {"quantization", "calibration", "switches, for ablations"}  # sections that decide every byte of the result
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How calibrate.py quantizes. None: depends on the model or the machine, `plan.resolve` fills it in.
+
+    As in the paper, but for learn_shift, n_ratios and importance. Raises ValueError for a number out of its range."""
+
+    model: Path = files(TINY, "checkpoint folder to quantize", shown="the bundled models/tiny")
+    out: Path | None = files(None, "new folder to write", shown="MODEL-METHOD-BITSbit, here")
+
+    method: str = quantization("flexbcq", "how to quantize", choices=METHODS)
+    bits: int = quantization(3, "bit-planes per weight", 1, 8)
+    group_size: int = quantization(-1, "weights that share alpha and shift, a multiple of 32; -1: a whole row")
+    dequantized: bool = quantization(False, "write ordinary weights instead of bit-planes, for other software")
+
+    samples: int = calibration(128, "calibration sequences", 1)
+    seq_len: int | None = calibration(None, "tokens in each sequence", shown="2048, or the model's context if smaller")
+    epochs: int | None = calibration(None, "passes over the samples", 1, shown="20; for the bundled model 1")
+    batch_size: int | None = calibration(
+        None, "sequences in a training step", 1, shown="1; with torchrun 1 per process"
+    )
+    seed: int = calibration(0, "seed of the samples, their order and the mixing of inputs", 0, 2**32 - 1)
+
+    mapping_rate: float = switch(5e-3, "learning rate of scale, s_elem and s_row, falling to 0 as a cosine", 0, 1)
+    level_rate: float = switch(5e-4, "learning rate of alpha and shift, falling to 0 as a cosine", 0, 1)
+    period: int = switch(2, "training steps from one mapping of weights to levels to the next", 1)
+    local: bool = switch(True, "a new mapping moves a weight by one level at most")
+    tau: float = switch(1.0, "no gradient where the level is further away than X times the smallest alpha", 0, 1e9)
+    learn_shift: bool = switch(True, "train the shift like alpha")
+    original_input: float = switch(0.5, "share of a block's inputs taken from the original model in training", 0, 1)
+    n_ratios: int = switch(10, "clipping ratios that the initialization tries", 1)
+    n_rounds: int = switch(15, "rounds of alternating update per ratio (0: keep uniform levels, like rtn)", 0)
+    importance: bool = switch(True, "initialize for the inputs that a layer sees, not for its weights alone")
+
+    text: Path | None = files(None, "UTF-8 file to calibrate on", shown="the Python standard library")
+    eval_text: Path | None = evaluation(
+        None, "UTF-8 file for perplexity", shown="the last tenth of --text, or held-out files of the library"
+    )
+    eval_seq_len: int | None = evaluation(None, "tokens per window", shown="as --seq-len")
+    eval_windows: int | None = evaluation(None, "evaluate on the first so many windows only", 1, shown="all")
+    baselines: bool = evaluation(True, "measure the original model and rtn too")
+
+    device: str | torch.device = machine(default_device, "cpu, cuda, cuda:1, ...", shown=FOUND)
+    offload: Path | None = machine(None, "keep activations in this folder on a disk", shown="in memory")
+    dry_run: bool = machine(False, "check everything, print what a run takes, and stop")
+
+    def __post_init__(self):
+        check_ranges(self)
+
+    @property
+    def is_trained(self) -> bool:
+        """A learned mapping needs gradients; rtn and bcq are done when they are initialized."""
+        return METHODS[self.method][0]
+
+    @property
+    def n_steps(self) -> int:
+        """Training steps of a block."""
+        return self.epochs * self.samples // self.batch_size if self.is_trained else 0
+
+    def decisive(self) -> dict[str, Any]:
+        """The options that, with model and text, decide the result: what config.json and a resumed run keep."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["section"] in DECISIVE}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What eval.py measures. Raises ValueError for a number out of its range."""
+
+    model: Path = files(TINY, "checkpoint folder, original or packed", shown="the bundled models/tiny")
+    device: str | torch.device = files(default_device, "cpu, cuda, cuda:1, ...", shown=FOUND)
+
+    text: Path | None = option(
+        "perplexity", None, "UTF-8 file to measure on", shown="held-out files of the Python standard library"
+    )
+    seq_len: int | None = option(
+        "perplexity", None, "tokens per window", shown="2048, or the model's context if smaller"
+    )
+
+    prompt: str | None = option("text generation", None, "continue this text instead, and print tokens per second")
+    tokens: int = option("text generation", 100, "tokens to generate", 1)
+
+    mmlu: Path | None = option(
+        "multiple choice", None, "answer the questions of MMLU instead: its published folder, with dev and test"
+    )
+    shots: int = option("multiple choice", 5, "solved questions shown before each", 0)
+    limit: int | None = option("multiple choice", None, "ask the first so many of each subject only", 1, shown="all")
+
+    def __post_init__(self):
+        check_ranges(self)
+
+
+def check_ranges(settings: Settings | Evaluation) -> None:
+    """Raises ValueError naming the option whose number is out of its range."""
+    for f in fields(settings):
+        value, (low, high) = getattr(settings, f.name), f.metadata["range"]
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            wanted = f"choose {low} to {high}" if high < math.inf else f"must be at least {low}"
+            raise ValueError(f"--{f.name.replace('_', '-')} {value}: {wanted}")
+
+
+def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
+    """One option for each field, by sections. What is not given is left out, so that the dataclass sets its default."""
+    groups = {}
+    for f in fields(settings):
+        section = f.metadata["section"]
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section)
+
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction if f.default else "store_true"}
+        else:
+            kind = {"type": (get_args(f.type) or (f.type,))[0], "choices": f.metadata.get("choices")}
+            kind["metavar"] = None if kind["choices"] else METAVAR[kind["type"]]
+
+        default = f.metadata.get("shown", f.default)
+        text = f.metadata["text"]
+        if default is not None and default is not False:
+            text += f" (default: {default})"
+        name = "--" + f.name.replace("_", "-")
+        groups[section].add_argument(name, default=argparse.SUPPRESS, help=text, **kind)
