@@ -36,7 +36,7 @@ from kernel import BCQLinear
 from llama import Block, linears, rope_tables
 from support import parallel
 from support.checkpoint import Checkpoint, whole_file, write_json
-from support.command import guarded
+from support.command import guarded, named
 from support.data import batches, load_texts
 from support.plan import check_layers, check_space, peak_and_total, peak_bytes, plot, print_table, resolve, stored_bits
 from support.resume import REPORT, dequantize_blocks, read_block, resumable, write_block, write_rest
@@ -173,9 +173,11 @@ def quantize_layers(
 
 def pack_layers(block: Block, quantizers: dict[str, FlexBCQLinear]) -> dict[str, BCQLinear]:
     """Swap every quantizer for its bit-planes: from here on the numbers are those of the file."""
-    packed = {name: quantizer.pack() for name, quantizer in quantizers.items()}
-    for name, layer in packed.items():
-        block.set_submodule(name, layer)
+    packed = {}
+    for name, quantizer in quantizers.items():
+        with named(name):
+            packed[name] = quantizer.pack()
+        block.set_submodule(name, packed[name])
     return packed
 
 
@@ -304,7 +306,8 @@ def calibrate(checkpoint: Checkpoint, ids: Tensor, settings: Settings, folder: P
 
     for i in range(len(records), n_blocks):
         with tqdm(total=N_LINEARS + settings.n_steps, desc=f"block {i + 1}/{n_blocks}", unit="step") as bar:
-            packed, record = quantize_block(checkpoint, i, x, settings, partial(show, bar))
+            with named(f"model.layers.{i}"):
+                packed, record = quantize_block(checkpoint, i, x, settings, partial(show, bar))
             records.append(record)
             if parallel.rank() == 0:
                 write_block(checkpoint, i, packed, folder)
@@ -338,7 +341,8 @@ def rehearse(checkpoint: Checkpoint, samples: Tensor, windows: Tensor, settings:
     short = replace(settings, samples=len(few), epochs=1, offload=None)
     x = first_activations(checkpoint, parallel.share(few), short)
     stamps = []
-    _, record = quantize_block(checkpoint, 0, x, short, lambda news="": stamps.append(time.time()))
+    with named("model.layers.0"):
+        _, record = quantize_block(checkpoint, 0, x, short, lambda news="": stamps.append(time.time()))
 
     # the time of the whole run: of the steps the last two, one with a new mapping and one without
     per_step = (stamps[-1] - stamps[-3]) / 2 if settings.n_steps else 0

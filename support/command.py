@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from typing import Callable
+from contextlib import contextmanager
+from typing import Callable, Iterator
 
 import torch
 
@@ -45,6 +46,15 @@ def guarded(run: Callable[[argparse.Namespace], None], parser: argparse.Argument
     except KeyboardInterrupt as error:
         error.args = ("interrupted",)
         sys.exit(fail(error, code=130))
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Put a name before the message of a ValueError that is raised inside."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def fail(error: object, code: int = 2) -> int:

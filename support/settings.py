@@ -18,7 +18,7 @@ from flexbcq import METHODS
 from support.command import default_device
 
 TINY = Path(__file__).parent.parent / "models" / "tiny"
-METAVAR = {int: "N", float: "X", str: "NAME", Path: "PATH"}
+METAVAR = {int: "N", float: "X", Path: "PATH"}
 FOUND = "cuda if there is one, else cpu"
 
 
@@ -150,7 +150,7 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
             kind = {"action": argparse.BooleanOptionalAction if f.default else "store_true"}
         else:
             kind = {"type": (get_args(f.type) or (f.type,))[0], "choices": f.metadata.get("choices")}
-            kind["metavar"] = None if kind["choices"] else METAVAR[kind["type"]]
+            kind["metavar"] = METAVAR.get(kind["type"])
 
         default = f.metadata.get("shown", f.default)
         text = f.metadata["text"]
