@@ -15,9 +15,7 @@ several processes share the work in support/parallel.py.
 
 import argparse
 import math
-import os
 import platform
-import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -37,8 +35,18 @@ from llama import Block, linears, rope_tables
 from support import parallel
 from support.checkpoint import Checkpoint, whole_file, write_json
 from support.command import guarded, named
-from support.data import batches, load_texts
-from support.plan import check_layers, check_space, peak_and_total, peak_bytes, plot, print_table, resolve, stored_bits
+from support.data import batches, empty_activations, load_texts
+from support.plan import (
+    check_layers,
+    check_space,
+    check_weights,
+    peak_and_total,
+    peak_bytes,
+    plot,
+    print_table,
+    resolve,
+    stored_bits,
+)
 from support.resume import REPORT, dequantize_blocks, read_block, resumable, write_block, write_rest
 from support.settings import Settings, add_options
 
@@ -71,25 +79,6 @@ def first_activations(checkpoint: Checkpoint, ids: Tensor, settings: Settings) -
         a.copy_(table(part))
         b.copy_(a)
     return Activations(original, quantized, target, rope_tables(checkpoint.config, ids.shape[1], settings.device))
-
-
-def empty_activations(shape: tuple[int, ...], folder: Path | None) -> Tensor:
-    """An empty bf16 tensor, in memory or in a file of `folder`. Raises OSError if the disk is full.
-
-    The file loses its name at once and its space with the process: nothing is left behind, however that ends."""
-    if folder is None:
-        return torch.empty(shape, dtype=torch.bfloat16)
-
-    size = math.prod(shape)
-    with tempfile.NamedTemporaryFile(dir=folder) as file:
-        # all of it now: a write to a mapped file has no way to say "disk full"
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, 2 * size)
-        else:
-            for start in range(0, 2 * size, 2**20):
-                file.write(bytes(min(2**20, 2 * size - start)))
-            file.flush()
-        return torch.from_file(file.name, shared=True, size=size, dtype=torch.bfloat16).view(shape)
 
 
 @torch.inference_mode()
@@ -250,7 +239,7 @@ def quantize_block(
     x: the activations of block i, which become those of block i + 1
     advance: called after each layer initialized and each step, and with the loss before training
     Raises ValueError if the loss is not finite or a layer cannot be packed."""
-    start = time.time()
+    start = time.perf_counter()
     block = checkpoint.block(i, device=settings.device)
 
     # what the original block answers, and what its layers see
@@ -258,18 +247,18 @@ def quantize_block(
         run_block(block, x.original, x.rope, out=x.target)
 
     # levels and codes to start with
-    initializing = time.time()
+    initializing = time.perf_counter()
     quantizers = quantize_layers(checkpoint, block, i, settings, importance, advance)
-    record = {"initializing": time.time() - initializing, "training": 0.0}
+    record = {"initializing": time.perf_counter() - initializing, "training": 0.0}
     record["loss_before"] = output_error(block, x.quantized, x.rope, x.target)
     advance(f"loss {record['loss_before']:.3e}")
 
     # training
     if settings.is_trained:
         ranks_before = [q.ranks() for q in quantizers.values()]
-        training = time.time()
+        training = time.perf_counter()
         train_block(block, list(quantizers.values()), x, settings, settings.seed * 100_003 + i, advance)
-        record["training"] = time.time() - training
+        record["training"] = time.perf_counter() - training
         record["moves"] = moves(ranks_before, [q.ranks() for q in quantizers.values()], settings.bits)
 
     # bit-planes; on several processes, those of the first
@@ -280,7 +269,7 @@ def quantize_block(
     # on to the next block
     record["loss_after"] = output_error(block, x.quantized, x.rope, x.target, out=x.quantized)
     x.next_block()
-    record["seconds"] = time.time() - start
+    record["seconds"] = time.perf_counter() - start
     return packed, record
 
 
@@ -342,7 +331,7 @@ def rehearse(checkpoint: Checkpoint, samples: Tensor, windows: Tensor, settings:
     x = first_activations(checkpoint, parallel.share(few), short)
     stamps = []
     with named("model.layers.0"):
-        _, record = quantize_block(checkpoint, 0, x, short, lambda news="": stamps.append(time.time()))
+        _, record = quantize_block(checkpoint, 0, x, short, lambda news="": stamps.append(time.perf_counter()))
 
     # the time of the whole run: of the steps the last two, one with a new mapping and one without
     per_step = (stamps[-1] - stamps[-3]) / 2 if settings.n_steps else 0
@@ -386,12 +375,13 @@ def finish(checkpoint: Checkpoint, windows: Tensor, settings: Settings, folder: 
 
 
 def run(settings: Settings) -> None:
-    start = time.time()
+    start = time.perf_counter()
 
     # whatever can go wrong, goes wrong here
     checkpoint, settings = resolve(settings)
     weights, bits = check_layers(checkpoint, settings)
     check_space(checkpoint, settings, weights, bits)
+    check_weights(checkpoint, settings)
     samples, windows, eval_name = load_texts(checkpoint, settings)
     rehearse(checkpoint, samples, windows, settings)
     if settings.dry_run:
@@ -406,7 +396,7 @@ def run(settings: Settings) -> None:
         if parallel.rank() == 0:
             finish(checkpoint, windows, settings, folder, report)
             report |= {"text": eval_name, "eval_seq_len": settings.eval_seq_len, "eval_windows": len(windows)}
-            report |= {"seconds": time.time() - start}
+            report |= {"seconds": time.perf_counter() - start}
             report |= {"cpu_seconds": time.process_time()}  # without those of killed processes
             write_json(folder / REPORT, report)
 

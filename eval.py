@@ -25,7 +25,7 @@ from tqdm import tqdm
 from llama import Block, rope_tables
 from support.checkpoint import Checkpoint
 from support.command import check_device, guarded
-from support.data import batches, cut, load_text, load_tokenizer, resolve_seq_len, tokenize
+from support.data import batches, cut, encode_prompt, load_text, load_tokenizer, resolve_seq_len, tokenize
 from support.settings import Evaluation, add_options
 from support.tasks import answer_questions
 
@@ -55,8 +55,10 @@ def perplexity(
     # each position predicts the next token of its window
     head, loss = checkpoint.head(device=device), 0.0
     for ids, last in zip(windows, x):
-        logits = head(last[:-1].to(device))  # (seq_len - 1, vocab_size)
-        loss += F.cross_entropy(logits, ids[1:].to(device)).item() / len(windows)
+        for part, wanted in zip(last[:-1].split(256), ids[1:].split(256)):
+            logits = head(part.to(device))  # (up to 256, vocab_size)
+            loss += F.cross_entropy(logits, wanted.to(device), reduction="sum").item()
+    loss /= windows[:, 1:].numel()
 
     if math.isnan(loss):
         raise ValueError(f"{checkpoint.folder}: the loss is not a number; do config.json and the weights fit together?")
@@ -72,15 +74,18 @@ class Generated(NamedTuple):
 
 
 def generate(checkpoint: Checkpoint, tokenizer: Tokenizer, prompt: str, n_tokens: int, device) -> Generated:
-    """The prompt, greedily continued.
+    """The prompt, greedily continued up to the end of the text.
 
     The original runs in float32 on a CPU and in bfloat16 on a GPU; embedding and head of a packed model stay bfloat16
     on a CPU too. Raises ValueError if prompt and continuation do not fit into the model's context."""
-    ids = torch.tensor([tokenizer.encode(prompt).ids], device=device)
+    ids = torch.tensor([encode_prompt(tokenizer, prompt)], dtype=torch.int64, device=device)
     context = checkpoint.config.max_position_embeddings
-    if ids.shape[1] == 0 or ids.shape[1] + n_tokens > context:
+    if ids.shape[1] == 0:
+        raise ValueError("--prompt: is empty; give at least one word")
+    if ids.shape[1] + n_tokens > context:
         raise ValueError(
-            f"a prompt of {ids.shape[1]} tokens and {n_tokens} more do not fit: 1 to {context} in all, see --tokens"
+            f"a prompt of {ids.shape[1]} tokens and {n_tokens} more do not fit into the context of {context}; "
+            "shorten the prompt or give fewer --tokens"
         )
     checkpoint.check_ids(ids)
 
@@ -90,8 +95,12 @@ def generate(checkpoint: Checkpoint, tokenizer: Tokenizer, prompt: str, n_tokens
     model.generate(ids, 2)  # warm up, the prompt and a single token; compiles the kernels if need be
 
     start = time.perf_counter()
-    text = tokenizer.decode(model.generate(ids, n_tokens)[0].tolist())
-    speed = n_tokens / (time.perf_counter() - start)
+    found = model.generate(ids, n_tokens, checkpoint.eos_ids())[0].tolist()
+    speed = (len(found) - ids.shape[1]) / (time.perf_counter() - start)
+
+    # the prompt as given, behind it what decoding adds to it
+    n_known = len(tokenizer.decode(found[: ids.shape[1]]))
+    text = prompt + tokenizer.decode(found)[n_known:]
 
     read = (model.model.layers, model.model.norm, model.lm_head)
     size = sum(t.nbytes for module in read for t in (*module.parameters(), *module.buffers()))

@@ -340,6 +340,7 @@ class FlexBCQLinear(nn.Module):
             raise ValueError(f"{n_bits} bits: choose 1 to 8")
         if not weight.isfinite().all():
             raise ValueError("the weight contains NaN or infinity")
+        check_fp16(weight, n_bits)
         self.shape, self.n_bits, self.tau = weight.shape, n_bits, tau
 
         # one row of w for each group
@@ -422,6 +423,17 @@ class FlexBCQLinear(nn.Module):
     def pack(self) -> BCQLinear:
         """The layer as it ships: bit-planes, alpha and shift in fp16."""
         return BCQLinear.from_codes(*self.fold())
+
+
+def check_fp16(weight: Tensor, n_bits: int) -> None:
+    """Raises ValueError if the levels of this weight could not be stored in fp16."""
+    largest = weight.abs().max().item()
+    if largest > torch.finfo(torch.float16).max:
+        raise ValueError(f"its largest weight, {largest:.3g}, is beyond the range of fp16, in which levels are stored")
+    if 0 < largest / 2**n_bits < 2**-24:  # the smallest number
+        raise ValueError(
+            f"its largest weight, {largest:.3g}, is too small: fp16 stores levels in steps of 6e-8"
+        )
 
 
 def chunks(*tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:

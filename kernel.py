@@ -176,7 +176,7 @@ def library() -> ModuleType | None:
 
 
 @functools.cache
-def backends(device_type: str) -> list[str]:
+def paths(device_type: str) -> list[str]:
     """The paths there are on "cpu" or "cuda", best first; the last one is always "torch".
 
     With FLEXBCQ_KERNEL set only that one. Raises ValueError if this machine does not have it."""
@@ -247,21 +247,34 @@ class BCQLinear(nn.Module):
         return weight.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in_features) -> (..., out_features) in the dtype of x. Raises ValueError on another width.
+        """x: (..., in_features) -> (..., out_features) in the dtype of x, or that of autocast where it is on.
 
         A few tokens are multiplied from the bit-planes; many, or those that need gradients, by the dequantized weight.
-        """
+        Raises ValueError on another width or on whole numbers."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} columns, the weight has in_features {self.in_features}")
+        if not x.is_floating_point():
+            raise ValueError(f"x is {x.dtype}: a product with the weight needs floating-point numbers")
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
 
         few = 1 <= x.numel() // self.in_features <= MAX_BATCH
-        path = backends(x.device.type)[0] if few and not x.requires_grad else "torch"
+        path = paths(x.device.type)[0] if few and not x.requires_grad else "torch"
         if path == "torch":
             return F.linear(x, self.dequantize(x.dtype))
 
         # attribute access on a Module is slow: three lookups by name cost as much as a small product
         planes_alpha_shift = self._buffers.values()
         return library().multiply(x, *planes_alpha_shift, self.out_features, path)
+
+    def _apply(self, fn, recurse=True):
+        """Moved with its model to another device, not to another dtype: planes, alpha and shift stay as stored."""
+        stored = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in stored.items():
+            if self._buffers[name].dtype != old.dtype:
+                self._buffers[name] = old.to(self._buffers[name].device)
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, n_bits={self.n_bits}, group_size={self.group_size}"

@@ -46,6 +46,21 @@ class LlamaConfig:
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
 
 
+# model_type -> the keys of config.json that it reads, with the default of each that is absent, as in transformers 5
+SIZES = dict(vocab_size=32_000, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, head_dim=None)
+OTHERS = dict(rms_norm_eps=1e-6, tie_word_embeddings=False)
+MODEL_TYPES = {
+    "llama": SIZES
+    | dict(intermediate_size=11_008, num_key_value_heads=None, max_position_embeddings=2048)
+    | dict(attention_bias=False, mlp_bias=False)
+    | OTHERS,
+    "mistral": SIZES
+    | dict(intermediate_size=14_336, num_key_value_heads=8, max_position_embeddings=131_072)
+    | dict(sliding_window=4096)
+    | OTHERS,
+}
+
+
 # ------------------------------------------------------------------------------------------------------------- RoPE
 
 
@@ -214,15 +229,22 @@ class Llama(nn.Module):
         return self.lm_head(self.model.norm(x).to(self.lm_head.weight.dtype))
 
     @torch.inference_mode()
-    def generate(self, ids: Tensor, n_tokens: int) -> Tensor:
-        """Greedy continuation with a KV cache. ids: (batch, length) int64 -> (batch, length + n_tokens)."""
+    def generate(self, ids: Tensor, n_tokens: int, eos_ids: tuple[int, ...] = ()) -> Tensor:
+        """Greedy continuation with a KV cache. ids: (batch, length) int64 -> (batch, length + n_tokens).
+
+        eos_ids: end-of-text tokens; fewer tokens are generated when every sequence has had one"""
         length = ids.shape[1] + n_tokens
         rope = rope_tables(self.config, length, ids.device)
         caches = [KVCache(self.config, len(ids), length, self.model.norm.weight) for _ in self.model.layers]
 
+        eos = torch.tensor(eos_ids, dtype=torch.int64, device=ids.device)
+        ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
         new = ids  # first the prompt, then one token at a time
         for _ in range(n_tokens):
             logits = self(new, caches, rope)[:, -1]  # (batch, vocab_size)
             new = logits.max(-1, keepdim=True).indices  # (batch, 1); quicker than argmax on a CPU
             ids = torch.cat((ids, new), dim=1)
+            ended |= torch.isin(new, eos)
+            if eos_ids and ended.all():
+                break
         return ids

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from kernel import BCQLinear, backends
+from kernel import BCQLinear, paths
 from support.command import check_device, default_device, guarded
 
 CACHE = 2.4e8  # bytes: no cache of a CPU or GPU holds as much
@@ -157,7 +157,7 @@ def rows_x_columns(text: str) -> tuple[int, int]:
 def run(args: argparse.Namespace) -> None:
     device = check_device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    title = f"{name}, groups of {args.group_size}, path {backends(device.type)[0]}"
+    title = f"{name}, groups of {args.group_size}, path {paths(device.type)[0]}"
 
     rows, jobs = [], list(itertools.product(args.shapes, args.bits))
     with torch.inference_mode():

@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
@@ -28,18 +28,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kernel import BCQLinear
-from llama import Block, Llama, LlamaConfig, RMSNorm, linears
+from llama import MODEL_TYPES, Block, Llama, LlamaConfig, RMSNorm, linears
 
 # ------------------------------------------------------------------------------------------------------- config.json
 
 KIND_TEXT = {int: "a whole number, 1 to 2^30", float: "a number above 0", bool: "true or false"}
+DERIVED = ("num_key_value_heads", "head_dim", "sliding_window")  # null: as many as query heads, hidden / heads, none
 
 
 def setting(raw: dict, key: str, kind: type, default=None):
-    """raw[key], or `default` if it is absent or null. Raises ValueError if it is not of this kind."""
-    value = raw.get(key)
-    if value is None and default is not None:
-        return default
+    """raw[key], or `default` if it is absent. Raises ValueError if it is not of this kind."""
+    value = raw.get(key, default)
+    if value is None and key in DERIVED:
+        return None
 
     fits = isinstance(value, (int, float) if kind is float else kind)
     if kind is not bool:
@@ -80,36 +81,48 @@ def check_quantization(quantization: dict) -> None:
         setting(quantization, "group_size", int)
 
 
+def refuse_other_functions(raw: dict, rope: dict) -> None:
+    """Raises ValueError for a setting that makes it another function than the one in llama.py."""
+    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ValueError(f"hidden_act {raw['hidden_act']!r:.60} is not supported: only 'silu' is")
+    if raw.get("is_causal", True) is not True:
+        raise ValueError(f"is_causal is {raw['is_causal']!r:.60}: only causal attention is supported")
+    if raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1)) != 1:
+        raise ValueError("partial_rotary_factor is set: only RoPE on whole heads is supported")
+
+
 def read_config(raw: dict) -> LlamaConfig:
     """Check a `config.json` and pick the fields that count. Raises ValueError naming the field."""
-    # what would be another model
-    if raw.get("model_type") not in ("llama", "mistral"):
-        raise ValueError(f"model_type {raw.get('model_type')!r:.60} is not supported: only 'llama' and 'mistral' are")
+    model_type = raw.get("model_type")
+    if model_type not in MODEL_TYPES:
+        wanted = " and ".join(map(repr, MODEL_TYPES))
+        raise ValueError(f"model_type {model_type!r:.60} is not supported: only {wanted} are")
+
+    # the sizes and switches that this type reads; what it does not read may stand there and means nothing
+    defaults = MODEL_TYPES[model_type]
+    kinds = {f.name: f.type for f in fields(LlamaConfig)} | {"attention_bias": bool, "mlp_bias": bool}
+    chosen = {key: setting(raw, key, kinds.get(key, int), default) for key, default in defaults.items()}
     for key in ("attention_bias", "mlp_bias"):
-        if raw.get(key):
+        if chosen.pop(key, False):
             raise ValueError(f"{key} is set: linear layers with a bias are not supported")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act {raw['hidden_act']!r:.60} is not supported: only 'silu' is")
 
-    # the numbers, each of its kind
-    chosen = {
-        f.name: setting(raw, f.name, f.type, None if f.default is MISSING else f.default)
-        for f in fields(LlamaConfig)
-        if f.type in KIND_TEXT
-    }
-
-    # Mistral 0.1: inside its window, sliding attention is plain attention
+    # inside its window, sliding attention is plain attention
+    window = chosen.pop("sliding_window", None) or chosen["max_position_embeddings"]
     context = chosen["max_position_embeddings"]
-    chosen["max_position_embeddings"] = min(context, setting(raw, "sliding_window", int, context))
+    chosen["max_position_embeddings"] = min(context, window)
 
-    # rope_theta stands at the top level, or among the numbers of the scaling
+    # rope_theta stands at the top level or among the numbers of the scaling, the original context too
     rope = {"rope_theta": raw.get("rope_theta", 10000.0)} | nested(raw, "rope_scaling", "rope_parameters")
+    original = raw.get("original_max_position_embeddings", rope.get("original_max_position_embeddings", context))
+    rope["original_max_position_embeddings"] = original
     check_rope(rope)
+    refuse_other_functions(raw, rope)
 
     quantization = nested(raw, "quantization_config") or None
     if quantization:
         check_quantization(quantization)
 
+    chosen = {key: value for key, value in chosen.items() if value is not None}
     config = LlamaConfig(**chosen, rope=rope, quantization=quantization)
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     if heads % kv_heads or size % 2 or not 0 < heads * size < 2**30:
@@ -120,27 +133,29 @@ def read_config(raw: dict) -> LlamaConfig:
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
-def open_tensors(path: Path) -> safe_open:
-    """A safetensors file, to be used in a `with`. Raises OSError if it is missing or damaged."""
+def open_tensors(path: Path, remedy: str = "download it again") -> safe_open:
+    """A safetensors file, to be used in a `with`. Raises OSError if it is missing, damaged or not to be read."""
+    if path.is_symlink() and not path.exists():
+        raise OSError(f"{path}: is a link to a file that is gone; {remedy}")
+    if path.exists() and not os.access(path, os.R_OK):
+        raise OSError(f"{path}: may not be read by this user; change its permissions")
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise OSError(f"{path}: missing or damaged ({error}); download it again") from None
+        raise OSError(f"{path}: missing or damaged ({error}); {remedy}") from None
 
 
 class Stored(NamedTuple):
     """Where a tensor is, and what its file says of it."""
 
     path: Path
+    name: str  # in the file
     dtype: str
     shape: tuple[int, ...]
 
 
-FILE_DTYPES = {  # dtype of a module's tensor -> what it may be in a file
-    torch.float32: ("F32", "BF16", "F16", "F64"),
-    torch.float16: ("F16",),
-    torch.int32: ("I32",),
-}
+FILE_DTYPES = {"bit_planes": ("I32",), "alpha": ("F16",), "shift": ("F16",)}  # of a packed layer
+FLOAT_DTYPES = ("F32", "BF16", "F16", "F64")  # of everything else
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I32": 4}
 
 
@@ -153,10 +168,18 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        if self.folder.is_file():
+            raise OSError(f"{folder}: is a file; give the Hugging Face folder of the model (GGUF files are not read)")
         if not self.folder.is_dir():
             raise OSError(
                 f"{folder}: no such folder; for a model on Hugging Face, first run "
                 f"`hf download {folder} --local-dir FOLDER` (from `pip install huggingface_hub`) and give FOLDER"
+            )
+
+        if (self.folder / "adapter_config.json").exists():
+            raise ValueError(
+                f"{self.folder}: holds an adapter (adapter_config.json); merge it into the weights first, "
+                "for example with merge_and_unload of peft"
             )
 
         self.raw_config = self._json("config.json")
@@ -185,8 +208,12 @@ class Checkpoint:
     def shards(self) -> list[Path]:
         """The weight files: `model.safetensors`, or those the index names."""
         single, index = self.folder / "model.safetensors", "model.safetensors.index.json"
-        if single.exists():
+        if single.exists() or single.is_symlink():
             return [single]
+        if not (self.folder / index).exists():
+            others = [path.name for path in self.folder.iterdir() if path.suffix in (".bin", ".pth", ".gguf")]
+            found = f"only {sorted(others)[0]}, which is not read; " if others else ""
+            raise OSError(f"{self.folder}: no model.safetensors in this folder; {found}give a folder with safetensors")
         try:
             names = sorted(set(self._json(index)["weight_map"].values()))
             outside = [name for name in names if name != Path(name).name]
@@ -217,7 +244,11 @@ class Checkpoint:
                     if name in found:
                         raise ValueError(f"{path}: {name} is also in {found[name].path.name}; delete the wrong file")
                     header = file.get_slice(name)
-                    found[name] = Stored(path, header.get_dtype(), tuple(header.get_shape()))
+                    found[name] = Stored(path, name, header.get_dtype(), tuple(header.get_shape()))
+
+        # saved from the model without its head: the names lack a part
+        if "embed_tokens.weight" in found:
+            found = {name if name.startswith("lm_head.") else f"model.{name}": entry for name, entry in found.items()}
         return found
 
     def _entry(self, name: str) -> Stored:
@@ -228,6 +259,9 @@ class Checkpoint:
 
     def _check(self) -> None:
         """Raises ValueError naming a tensor that is absent, or not what config.json says."""
+        if any(name.endswith((".qweight", ".weight_packed", ".absmax")) for name in self._stored):
+            raise ValueError(f"{self.folder}: is quantized by other software (qweight or the like); give the original")
+
         # is every block there? Before a module is built for each of them
         for i in range(self.config.num_hidden_layers):
             self._entry(f"model.layers.{i}.input_layernorm.weight")
@@ -240,11 +274,12 @@ class Checkpoint:
         if self.tied:
             del expected["lm_head.weight"]
         for name, t in expected.items():
-            _, dtype, shape = self._entry(name)
+            *_, dtype, shape = self._entry(name)
             if shape != t.shape:
                 raise ValueError(f"{self.folder}: {name} has shape {shape}, config.json says {tuple(t.shape)}")
-            if dtype not in FILE_DTYPES[t.dtype]:
-                raise ValueError(f"{self.folder}: {name} is {dtype}, supported is {' or '.join(FILE_DTYPES[t.dtype])}")
+            supported = FILE_DTYPES.get(name.rsplit(".", 1)[-1], FLOAT_DTYPES)
+            if dtype not in supported:
+                raise ValueError(f"{self.folder}: {name} is {dtype}, supported is {' or '.join(supported)}")
 
         # what it does not use; early Llamas stored the RoPE frequencies, which we compute
         for name in sorted(self._stored.keys() - expected.keys()):
@@ -257,8 +292,9 @@ class Checkpoint:
         """One tensor in its stored dtype. Raises ValueError if it is not finite.
 
         The file is opened for this tensor alone: a file left mapped would count as memory in use."""
-        with open_tensors(self._entry(name).path) as file:
-            tensor = file.get_tensor(name)
+        entry = self._entry(name)
+        with open_tensors(entry.path) as file:
+            tensor = file.get_tensor(entry.name)
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{self.folder}: {name} contains NaN or infinity; download the checkpoint again")
         return tensor
@@ -275,6 +311,12 @@ class Checkpoint:
                 f"{self.config.vocab_size}; they belong to different models"
             )
         return ids
+
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text: of generation_config.json, else of config.json; none if neither names one."""
+        generation = self._json("generation_config.json") if (self.folder / "generation_config.json").exists() else {}
+        eos = generation.get("eos_token_id", self.raw_config.get("eos_token_id"))
+        return tuple(token for token in (eos if isinstance(eos, list) else [eos]) if isinstance(token, int))
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids: (...) int64 -> embeddings (..., hidden_size) float32, without a float32 copy of the whole table."""
@@ -386,10 +428,12 @@ def write_json(path: Path, content: dict) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8", newline="\n")
 
 
+SIDE_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "generation_config")
+
+
 def side_files(folder: Path) -> list[Path]:
-    """What belongs to a model besides config and weights: tokenizer, generation settings."""
-    files = [f for f in folder.iterdir() if f.suffix in (".json", ".model", ".jinja", ".txt") and f.is_file()]
-    return [f for f in files if f.name not in ("config.json", "calibration.json") and "safetensors" not in f.name]
+    """What belongs to a model besides config and weights: tokenizer, chat template, generation settings."""
+    return [path for path in sorted(folder.iterdir()) if path.name.startswith(SIDE_FILES) and path.is_file()]
 
 
 def write_config(folder: Path, config: dict, source: Path | None = None) -> None:

@@ -1,6 +1,7 @@
 """What all command lines have in common: the choice of a device, and errors of one line."""
 
 import argparse
+import os
 import sys
 from contextlib import contextmanager
 from typing import Callable, Iterator
@@ -26,8 +27,35 @@ def check_device(name: str) -> torch.device:
         raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
 
 
+class Tolerant:
+    """A stream for progress and errors that may be closed or full: what it cannot take is lost, and the run goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            pass
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
 def guarded(run: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Parse the command line and run. An error the user can fix is printed as one line on stderr, exit code 2."""
+    sys.stderr = Tolerant(sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that takes ASCII only loses no result
+
     parser.error = lambda message: sys.exit(fail(message))  # instead of argparse's two lines
     try:
         for word in sys.argv:

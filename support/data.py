@@ -1,6 +1,9 @@
-"""Texts and tokens: the text to calibrate on, the text to evaluate on, cut into windows."""
+"""Texts, tokens, activations: the text to calibrate on, the text to evaluate on, and where activations are kept."""
 
+import math
+import os
 import sysconfig
+import tempfile
 from pathlib import Path
 from zlib import crc32
 
@@ -27,15 +30,21 @@ def standard_library_text(held_out: bool) -> str:
 
 
 def read_text(path: str | Path) -> str:
-    """A UTF-8 file, whole. Raises OSError or ValueError naming it if it cannot be read or is empty."""
+    """A UTF-8 file, whole, as Python's `open` gives it: any line ends become \\n, a byte order mark is dropped.
+
+    Raises OSError or ValueError naming the file if it cannot be read or is empty."""
     try:
-        text = Path(path).read_bytes().decode("utf-8")
+        text = Path(path).read_text("utf-8-sig")
     except OSError as error:
         raise OSError(f"{path}: cannot read this text file ({error.strerror})") from None
     except UnicodeDecodeError as error:
+        if error.object.startswith((b"\x1f\x8b", b"PK\x03\x04")):
+            raise ValueError(f"{path}: is compressed; unpack it first") from None
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}; convert it, for example with iconv") from None
+    if "\0" in text:
+        raise ValueError(f"{path}: holds NUL bytes, so it is UTF-16 or not a text; convert it, for example with iconv")
     if not text.strip():
-        raise ValueError(f"{path}: the file is empty")
+        raise ValueError(f"{path}: the file is empty" + (" but for blanks" if text else ""))
     return text
 
 
@@ -49,18 +58,70 @@ def load_text(path: Path | None, held_out: bool) -> tuple[str, str]:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """`tokenizer.json` of a checkpoint folder. Raises ValueError if it is missing or damaged."""
     path = folder / "tokenizer.json"
+    if (folder / "tokenizer.model").exists() and not path.exists():
+        raise ValueError(
+            f"{path}: missing, there is only tokenizer.model; transformers converts it: "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
     try:
         tokenizer = Tokenizer.from_file(str(path))
-        tokenizer.no_truncation()  # some files ask for a sentence classifier's 128 tokens
-        tokenizer.no_padding()
-        return tokenizer
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path}: missing or damaged ({error})") from None
+
+    # some files ask for a sentence classifier's 128 tokens, or for other tokens every time
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None) is not None:
+        tokenizer.model.dropout = None
+    return tokenizer
+
+
+PIECE, OVERLAP = 2**18, 2**12  # characters
+
+
+def encode(tokenizer: Tokenizer, text: str, piece: int = PIECE) -> Tensor:
+    """The tokens of a text, (n_tokens,) int64, encoded a piece at a time: an encoding takes some 200 bytes a character.
+
+    Neighbouring pieces overlap and are joined in the middle of the overlap, where both must have the same tokens; if
+    they do not, because a token depends on what is far away, the text is encoded whole."""
+    if len(text) <= piece:
+        return torch.tensor(tokenizer.encode(text).ids)
+
+    joined = []  # (place in the text, token), without what a template adds
+    for start in range(0, len(text), piece):
+        begin = max(0, start - OVERLAP)
+        encoding = tokenizer.encode(text[begin : start + piece], add_special_tokens=False)
+        places = torch.tensor([first for first, _ in encoding.offsets]) + begin
+        part = torch.stack((places, torch.tensor(encoding.ids)))
+
+        if joined:
+            low, middle, high = (start - OVERLAP * share // 4 for share in (3, 2, 1))
+            before = joined[-1]
+            same = [t[:, (t[0] >= low) & (t[0] < high)] for t in (before, part)]
+            if not torch.equal(*same):
+                return torch.tensor(tokenizer.encode(text).ids)
+            joined[-1] = before[:, before[0] < middle]
+            part = part[:, part[0] >= middle]
+        joined.append(part)
+
+    # what a template adds at the beginning and at the end, as it does to a short text
+    short = tokenizer.encode(text[:OVERLAP])
+    n_first = short.special_tokens_mask.index(0)
+    n_last = short.special_tokens_mask[::-1].index(0)
+    first, last = short.ids[:n_first], short.ids[len(short.ids) - n_last :]
+    return torch.cat((torch.tensor(first), *(ids for _, ids in joined), torch.tensor(last))).long()
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a text that is to be continued: without an end of the text that a template puts behind it."""
+    encoding = tokenizer.encode(text)
+    n_last = (encoding.special_tokens_mask[::-1] + [0]).index(0)
+    return encoding.ids[: len(encoding) - n_last]
 
 
 def tokenize(tokenizer: Tokenizer, text: str, name: str, seq_len: int) -> Tensor:
     """(n_tokens,) int64, at least one window. Raises ValueError naming the text if it is shorter."""
-    ids = torch.tensor(tokenizer.encode(text).ids)
+    ids = encode(tokenizer, text)
     if len(ids) < seq_len:
         raise ValueError(
             f"{name}: {len(ids)} tokens are less than one window of {seq_len}; give more text, or a smaller window"
@@ -114,3 +175,22 @@ def load_texts(checkpoint: Checkpoint, settings: Settings) -> tuple[Tensor, Tens
     if not settings.text and not settings.eval_text:
         windows = windows[::6]
     return samples, windows[: settings.eval_windows], eval_name
+
+
+def empty_activations(shape: tuple[int, ...], folder: Path | None) -> Tensor:
+    """An empty bf16 tensor, in memory or in a file of `folder`. Raises OSError if the disk is full.
+
+    The file loses its name at once and its space with the process: nothing is left behind, however that ends."""
+    if folder is None:
+        return torch.empty(shape, dtype=torch.bfloat16)
+
+    size = math.prod(shape)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        # all of it now: a write to a mapped file has no way to say "disk full"
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, 2 * size)
+        else:
+            for start in range(0, 2 * size, 2**20):
+                file.write(bytes(min(2**20, 2 * size - start)))
+            file.flush()
+        return torch.from_file(file.name, shared=True, size=size, dtype=torch.bfloat16).view(shape)

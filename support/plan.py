@@ -9,12 +9,14 @@ from pathlib import Path
 import psutil
 import torch
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
+from flexbcq import check_fp16
 from kernel import BCQLinear
 from llama import Block, linears
 from support import parallel
 from support.checkpoint import Checkpoint, side_files
-from support.command import check_device
+from support.command import check_device, named
 from support.data import resolve_seq_len
 from support.resume import check_out, partial_folder
 from support.settings import TINY, Settings
@@ -85,6 +87,16 @@ def check_layers(checkpoint: Checkpoint, settings: Settings) -> tuple[int, float
         weights += linear.weight.numel()
         stored += sum(8 * t.numel() * t.element_size() for t in packed.state_dict().values())
     return weights, stored / weights
+
+
+def check_weights(checkpoint: Checkpoint, settings: Settings) -> None:
+    """Read every weight that will be quantized. Raises ValueError naming the first that cannot be stored."""
+    with torch.device("meta"):
+        names = list(linears(Block(checkpoint.config)))
+    for i in tqdm(range(checkpoint.config.num_hidden_layers), desc="reading weights", unit="block", leave=False):
+        for name in names:
+            with named(f"model.layers.{i}.{name}"):
+                check_fp16(checkpoint.tensor(f"model.layers.{i}.{name}.weight"), settings.bits)
 
 
 def check_space(checkpoint: Checkpoint, settings: Settings, weights: int, bits: float) -> None:

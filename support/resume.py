@@ -53,6 +53,9 @@ def check_out(out: Path) -> None:
         raise OSError(f"--out {out}: exists and is not empty; delete it or choose another folder")
     if out.is_symlink() or out.is_mount():
         raise OSError(f"--out {out}: is a link or a mount point; give the name of a new folder inside it")
+    if (partial_folder(out) / LOCK).exists() and parallel.rank() == 0:
+        with locked(partial_folder(out)):  # is another process at work there?
+            pass
 
 
 def is_empty_folder(path: Path) -> bool:
@@ -106,6 +109,8 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         raise OSError(f"{folder}: another process is at work there; wait for it, or give another --out") from None
+    except (NotImplementedError, OSError):
+        print(f"{folder}: this file system has no locks; start only one run with this --out")
     try:
         yield
     finally:
@@ -150,8 +155,9 @@ def finished_blocks_kept(partial: Path) -> Iterator[None]:
         path = partial / REPORT  # what the disk says counts
         n = len(json.loads(path.read_bytes())["blocks"]) if path.exists() else 0
         if n:
-            blocks = "block" if n == 1 else "blocks"
-            error.add_note(f"{partial} keeps {n} finished {blocks}: the same command goes on from there")
+            kept = f"{partial} keeps {n} finished {'block' if n == 1 else 'blocks'}"
+            # a ValueError would come again
+            error.add_note(kept if isinstance(error, ValueError) else f"{kept}: the same command goes on from there")
         else:
             shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -182,7 +188,8 @@ def read_block(checkpoint: Checkpoint, i: int, folder: Path, settings: Settings)
         block = Block(checkpoint.config)
 
     packed = {}
-    with open_tensors(shard(checkpoint, i, folder)) as file:
+    remedy = f"delete {folder} to start again"
+    with open_tensors(shard(checkpoint, i, folder), remedy) as file:
         for name, linear in linears(block).items():
             prefix = f"model.layers.{i}.{name}."
             if f"{prefix}bit_planes" in file.keys():

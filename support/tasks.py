@@ -4,23 +4,24 @@
 
 DATA holds the published files, `test/SUBJECT_test.csv` and `dev/SUBJECT_dev.csv`, with lines of question, A, B, C, D,
 letter. A prompt shows some solved questions of the subject (the shots, from dev) and then the one to be answered; the
-answer is the letter with the highest logit after "Answer:". Shots are dropped until the prompt fits.
+answer is the letter that is most probable after "Answer:". Shots are dropped until the prompt fits.
 """
 
 import csv
 import math
-from collections import defaultdict
+import os
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Iterable, Iterator, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from kernel import BCQLinear
 from llama import KVCache, Llama
 from support.checkpoint import Checkpoint
+from support.data import encode_prompt
 
 LETTERS = "ABCD"
 
@@ -32,7 +33,7 @@ def read_questions(path: Path) -> list[list[str]]:
     """The lines of a file: [question, A, B, C, D, letter]. Raises OSError or ValueError naming file and question."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.reader(file))
+            rows = [row for row in csv.reader(file) if row]  # without blank lines
     except OSError as error:
         raise OSError(f"{path}: cannot read the questions ({error.strerror}); is it the published folder?") from None
     except UnicodeDecodeError as error:
@@ -68,33 +69,56 @@ def prompt(subject: str, shots: list[list[str]], question: list[str]) -> str:
     return text
 
 
-def prompt_ids(tokenizer: Tokenizer, subject: str, shots: list[list[str]], question: list[str], seq_len: int) -> Tensor:
-    """The prompt's tokens, with as many shots as fit into seq_len. Raises ValueError if it does not fit with none."""
+def choices(tokenizer: Tokenizer, subject: str, shots: list[list[str]], question: list[str]) -> list[list[int]]:
+    """The tokens of the prompt with each of the four answers behind it."""
+    text = prompt(subject, shots, question)
+    return [encode_prompt(tokenizer, f"{text} {letter}") for letter in LETTERS]
+
+
+def fitting_choices(
+    tokenizer: Tokenizer, subject: str, shots: list[list[str]], question: list[str], seq_len: int
+) -> tuple[list[list[int]], int]:
+    """`choices` with as many shots as fit into seq_len, and how many those are. A question that does not fit even
+    without shots loses its beginning."""
     for n in range(len(shots), -1, -1):
-        ids = tokenizer.encode(prompt(subject, shots[:n], question)).ids
-        if len(ids) <= seq_len:
-            return torch.tensor(ids)
-    raise ValueError(f"{subject}: a question of {len(ids)} tokens does not fit into --seq-len {seq_len}; give more")
+        answers = choices(tokenizer, subject, shots[:n], question)
+        if max(map(len, answers)) <= seq_len:
+            break
+    return [ids[-seq_len:] for ids in answers], n
 
 
 # ------------------------------------------------------------------------------------------------------- the answers
 
 
 @torch.inference_mode()
-def last_logits(model: Llama, prompts: Iterable[Tensor], seq_len: int) -> Iterator[Tensor]:
-    """For each prompt, (length,), the logits of what follows it, (vocab_size,).
+def log_probability(model: Llama, pairs: Iterable[tuple[list[int], int]], max_length: int) -> Iterator[float]:
+    """For each pair (tokens, n): the log-probability of the tokens from the n-th on, given those before.
 
-    What a prompt has in common with the one before, such as the shots, stays in the cache and is not computed again."""
+    What a text has in common with the one before, such as the shots, stays in the cache and is not computed again."""
     like = model.model.norm.weight
-    caches = [KVCache(model.config, 1, seq_len, like) for _ in model.model.layers]
+    caches = [KVCache(model.config, 1, max_length, like) for _ in model.model.layers]
     before = torch.tensor([], dtype=torch.int64)
-    for ids in prompts:
-        n = min(len(before), len(ids) - 1)
-        shared = int((before[:n] == ids[:n]).cumprod(0).sum())
+    for tokens, n in pairs:
+        ids = torch.tensor(tokens)
+        known = min(len(before), n - 1)
+        shared = int((before[:known] == ids[:known]).cumprod(0).sum())
         for cache in caches:
             cache.length = shared
-        yield model(ids[None, shared:].to(like.device), caches)[0, -1]
-        before = ids
+
+        # the logits at one place are those of the token at the next
+        logits = model(ids[None, shared:-1].to(like.device), caches)[0, n - len(ids) :]  # (answer, vocab_size)
+        answer = ids[n:, None].to(like.device)
+        yield logits.float().log_softmax(-1).gather(1, answer).sum().item()
+        before = ids[:-1]
+
+
+class Score(NamedTuple):
+    """How a subject was answered."""
+
+    right: int
+    asked: int
+    short: int  # questions with fewer shots than asked for
+    cut: int  # questions that lost their beginning
 
 
 def accuracy(
@@ -105,40 +129,50 @@ def accuracy(
     n_shots: int,
     seq_len: int,
     limit: int | None = None,
-) -> dict[str, tuple[int, int]]:
-    """How many questions of each subject were answered right, and how many were asked.
+) -> dict[str, Score]:
+    """The score of each subject.
 
     model: the one of the checkpoint; limit: ask only the first `limit` questions of each subject
     Raises OSError or ValueError for bad files or a tokenizer of another model."""
     names = subjects(folder)
     questions = [(s, row) for s in names for row in read_questions(folder / "test" / f"{s}_test.csv")[:limit]]
     shots = {s: read_questions(folder / "dev" / f"{s}_dev.csv")[:n_shots] if n_shots else [] for s in names}
-    letters = [tokenizer.encode(f"Answer: {letter}").ids[-1] for letter in LETTERS]
+    asked = []  # (subject, right letter, shots, cut?), as the questions are tokenized
 
-    # does every question fit, at least without shots? Before the first is asked
-    for subject, row in questions:
-        prompt_ids(tokenizer, subject, [], row, seq_len)
+    def pairs() -> Iterator[tuple[list[int], int]]:
+        """The four answers of every question, from the first token that they do not share."""
+        for subject, row in questions:
+            answers, n = fitting_choices(tokenizer, subject, shots[subject], row, seq_len)
+            checkpoint.check_ids(torch.tensor(sum(answers, [])))
+            is_cut = n == 0 and max(map(len, choices(tokenizer, subject, [], row))) > seq_len
+            asked.append((subject, row[5], n, is_cut))
+            for ids in answers:
+                yield ids, len(os.path.commonprefix(answers))
 
-    right_and_asked = defaultdict(lambda: (0, 0))
-    prompts = (checkpoint.check_ids(prompt_ids(tokenizer, s, shots[s], row, seq_len)) for s, row in questions)
-    bar = tqdm(zip(questions, last_logits(model, prompts, seq_len)), total=len(questions), unit="question", leave=False)
-    for (subject, row), logits in bar:
-        right, asked = right_and_asked[subject]
-        right_and_asked[subject] = right + (LETTERS[logits[letters].argmax()] == row[5]), asked + 1
-        right, asked = map(sum, zip(*right_and_asked.values()))
-        bar.set_postfix_str(f"{right / asked:.1%}")
-    return dict(right_and_asked)
+    scores = dict.fromkeys(names, Score(0, 0, 0, 0))
+    found = log_probability(model, pairs(), seq_len)
+    bar = tqdm(range(len(questions)), unit="question", leave=False)
+    for i in bar:
+        values = [next(found) for _ in LETTERS]
+        subject, letter, n, is_cut = asked[i]
+        right = LETTERS[values.index(max(values))] == letter
+        scores[subject] = Score(*map(sum, zip(scores[subject], (right, 1, n < n_shots, is_cut))))
+        right, n_asked, *_ = map(sum, zip(*scores.values()))
+        bar.set_postfix_str(f"{right / n_asked:.1%}")
+    return scores
 
 
-def table(right_and_asked: dict[str, tuple[int, int]]) -> str:
+def table(scores: dict[str, Score], n_shots: int = 0) -> str:
     """A line per subject, and the share of all questions answered right, which is the average of the original."""
-    lines = [
-        f"{name.replace('_', ' '):40}{right / asked:7.1%} of {asked}"
-        for name, (right, asked) in right_and_asked.items()
-    ]
-    right, asked = map(sum, zip(*right_and_asked.values()))
+    lines = [f"{name.replace('_', ' '):40}{s.right / s.asked:7.1%} of {s.asked}" for name, s in scores.items()]
+    right, asked, short, cut = map(sum, zip(*scores.values()))
     share, error = right / asked, math.sqrt(right * (asked - right) / asked**3)
-    lines.append(f"accuracy {share:.1%} +- {error:.1%} (standard error; {asked} questions; guessing: 25%)")
+    notes = [f"standard error; {asked} questions; guessing: 25%"]
+    if short:
+        notes.append(f"{short} of them with fewer than {n_shots} shots")
+    if cut:
+        notes.append(f"{cut} too long and cut at the beginning")
+    lines.append(f"accuracy {share:.1%} +- {error:.1%} ({'; '.join(notes)})")
     return "\n".join(lines)
 
 
@@ -158,4 +192,4 @@ def answer_questions(
             linear.weight = nn.Parameter(packed.dequantize(), requires_grad=False)
             model.set_submodule(name, linear)
 
-    return table(accuracy(checkpoint, model, tokenizer, folder, n_shots, seq_len, limit))
+    return table(accuracy(checkpoint, model, tokenizer, folder, n_shots, seq_len, limit), n_shots)
