@@ -151,6 +151,7 @@ def quantize_layers(
             n_rounds=settings.n_rounds,
             importance=importance[name] if importance else None,
             tau=settings.tau,
+            bias=linear.bias,
         )
         if not settings.learn_shift:
             quantizer.shift.requires_grad_(False)

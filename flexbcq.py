@@ -329,11 +329,13 @@ class FlexBCQLinear(nn.Module):
     importance:    (in_features,), the mean or sum of squares of each input: the diagonal of the Hessian of the layer's
                    output error. None: all columns count alike
     tau:           as in `Quantize`
+    bias:          (out_features,), added to the output as it is
     The codes are state that only `remap` changes, so `forward` is pure. Raises ValueError on a bad size or NaN."""
 
     def __init__(
         self, weight: Tensor, n_bits: int, group_size: int = -1, learn_mapping: bool = True, learn_levels: bool = True,
         *, n_ratios: int = 10, n_rounds: int = 15, importance: Tensor | None = None, tau: float = 1.0,
+        bias: Tensor | None = None,
     ):  # fmt: skip
         super().__init__()
         if n_bits not in range(1, 9):
@@ -353,6 +355,7 @@ class FlexBCQLinear(nn.Module):
         scale, zero_point, alpha, shift = initialize(w.float(), n_bits, n_ratios, n_rounds, importance)
 
         self.register_buffer("w", w)
+        self.register_buffer("bias", bias)
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
         self.alpha = nn.Parameter(alpha, requires_grad=learn_levels)
@@ -401,7 +404,7 @@ class FlexBCQLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) -> (..., out_features)."""
-        return F.linear(x, self.quantized_weight())
+        return F.linear(x, self.quantized_weight(), self.bias)
 
     @torch.no_grad()
     def fold(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -421,8 +424,10 @@ class FlexBCQLinear(nn.Module):
         return self.codes.view(self.shape), alpha.view(out, -1, self.n_bits), shift.view(out, -1)
 
     def pack(self) -> BCQLinear:
-        """The layer as it ships: bit-planes, alpha and shift in fp16."""
-        return BCQLinear.from_codes(*self.fold())
+        """The layer as it ships: bit-planes, alpha and shift in fp16, and the bias."""
+        packed = BCQLinear.from_codes(*self.fold())
+        packed.bias = None if self.bias is None else nn.Parameter(self.bias, requires_grad=False)
+        return packed
 
 
 def check_fp16(weight: Tensor, n_bits: int) -> None:
@@ -431,9 +436,7 @@ def check_fp16(weight: Tensor, n_bits: int) -> None:
     if largest > torch.finfo(torch.float16).max:
         raise ValueError(f"its largest weight, {largest:.3g}, is beyond the range of fp16, in which levels are stored")
     if 0 < largest / 2**n_bits < 2**-24:  # the smallest number
-        raise ValueError(
-            f"its largest weight, {largest:.3g}, is too small: fp16 stores levels in steps of 6e-8"
-        )
+        raise ValueError(f"its largest weight, {largest:.3g}, is too small: fp16 stores levels in steps of 6e-8")
 
 
 def chunks(*tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:

@@ -198,11 +198,11 @@ def paths(device_type: str) -> list[str]:
 
 
 class BCQLinear(nn.Module):
-    """y = x @ W.T with W held as bit-planes. Built empty; filled by `from_codes` or `load_state_dict`.
+    """y = x @ W.T + bias with W held as bit-planes. Built empty; filled by `from_codes` or `load_state_dict`.
 
     Raises ValueError if n_bits is not 1..8 or the group size does not divide in_features."""
 
-    def __init__(self, in_features: int, out_features: int, n_bits: int, group_size: int = -1):
+    def __init__(self, in_features: int, out_features: int, n_bits: int, group_size: int = -1, bias: bool = False):
         super().__init__()
         if n_bits not in range(1, 9):
             raise ValueError(f"{n_bits} bits: choose 1 to 8")
@@ -210,6 +210,8 @@ class BCQLinear(nn.Module):
         self.out_features = out_features
         self.n_bits = n_bits
         self.group_size = columns_per_group(in_features, group_size)
+
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None  # the one thing that is not quantized
 
         # `forward` hands the buffers to the kernel in the order in which they are registered here
         tiles, groups = -(-out_features // TILE), in_features // self.group_size
@@ -260,12 +262,14 @@ class BCQLinear(nn.Module):
 
         few = 1 <= x.numel() // self.in_features <= MAX_BATCH
         path = paths(x.device.type)[0] if few and not x.requires_grad else "torch"
+        bias = None if self.bias is None else self.bias.to(x.dtype)
         if path == "torch":
-            return F.linear(x, self.dequantize(x.dtype))
+            return F.linear(x, self.dequantize(x.dtype), bias)
 
         # attribute access on a Module is slow: three lookups by name cost as much as a small product
         planes_alpha_shift = self._buffers.values()
-        return library().multiply(x, *planes_alpha_shift, self.out_features, path)
+        y = library().multiply(x, *planes_alpha_shift, self.out_features, path)
+        return y if bias is None else y + bias
 
     def _apply(self, fn, recurse=True):
         """Moved with its model to another device, not to another dtype: planes, alpha and shift stay as stored."""

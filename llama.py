@@ -11,9 +11,9 @@ checkpoint is `load_state_dict`: no renaming table, no permutation.
     model(torch.tensor([[1, 2, 3]]))             # logits, (1, 3, 300)
     model.generate(torch.tensor([[1, 2, 3]]), 20)
 
-Covers Llama 1 to 3.2, TinyLlama, SmolLM2 (`model_type` llama) and Mistral. Sources: Touvron et al. 2023 (Llama 2),
-Zhang & Sennrich 2019 (RMSNorm), Su et al. 2021 (RoPE), Ainslie et al. 2023 (grouped-query attention), Shazeer 2020
-(SwiGLU).
+Covers the `model_type`s llama (Llama 1 to 3.3, TinyLlama, SmolLM2), mistral, qwen2 (Qwen2, Qwen2.5), qwen3 and smollm3.
+Sources: Touvron et al. 2023 (Llama 2), Zhang & Sennrich 2019 (RMSNorm), Su et al. 2021 (RoPE), Ainslie et al. 2023
+(grouped-query attention), Shazeer 2020 (SwiGLU).
 """
 
 import math
@@ -38,6 +38,9 @@ class LlamaConfig:
     max_position_embeddings: int = 2048  # the context, in tokens
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False  # lm_head shares the embedding matrix
+    biases: tuple[str, ...] = ()  # names of the linear layers with a bias, such as "q_proj"
+    qk_norm: bool = False  # RMSNorm on each head of q and k, before RoPE
+    layers_without_rope: tuple[int, ...] = ()
     rope: dict = field(default_factory=lambda: {"rope_theta": 10000.0})  # and rope_type, and the numbers of the scaling
     quantization: dict | None = None  # `quantization_config` of a packed folder
 
@@ -47,17 +50,22 @@ class LlamaConfig:
 
 
 # model_type -> the keys of config.json that it reads, with the default of each that is absent, as in transformers 5
-SIZES = dict(vocab_size=32_000, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, head_dim=None)
-OTHERS = dict(rms_norm_eps=1e-6, tie_word_embeddings=False)
+COMMON = dict(vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32)
+COMMON |= dict(num_attention_heads=32, num_key_value_heads=None, head_dim=None, max_position_embeddings=2048)
+COMMON |= dict(rms_norm_eps=1e-6, rope_theta=10_000.0, tie_word_embeddings=False)
+QWEN = COMMON | dict(vocab_size=151_936, intermediate_size=22_016, num_key_value_heads=32)
+QWEN |= dict(max_position_embeddings=32_768, use_sliding_window=False, sliding_window=4096)
+SMOLLM3 = dict(vocab_size=128_256, hidden_size=2048, num_hidden_layers=36, num_attention_heads=16)
+SMOLLM3 |= dict(num_key_value_heads=4, max_position_embeddings=32_768, rope_theta=2e6, tie_word_embeddings=True)
+SMOLLM3 |= dict(use_sliding_window=False, sliding_window=None, no_rope_layers=None, no_rope_layer_interval=4)
+BIASES = dict(attention_bias=False, mlp_bias=False)
 MODEL_TYPES = {
-    "llama": SIZES
-    | dict(intermediate_size=11_008, num_key_value_heads=None, max_position_embeddings=2048)
-    | dict(attention_bias=False, mlp_bias=False)
-    | OTHERS,
-    "mistral": SIZES
-    | dict(intermediate_size=14_336, num_key_value_heads=8, max_position_embeddings=131_072)
-    | dict(sliding_window=4096)
-    | OTHERS,
+    "llama": COMMON | BIASES,
+    "mistral": COMMON
+    | dict(intermediate_size=14_336, num_key_value_heads=8, max_position_embeddings=131_072, sliding_window=4096),
+    "qwen2": QWEN,  # a bias on q, k and v
+    "qwen3": QWEN | dict(head_dim=128, attention_bias=False),  # RMSNorm on each head of q and k
+    "smollm3": COMMON | BIASES | SMOLLM3,  # layers without RoPE
 }
 
 
@@ -128,17 +136,23 @@ class KVCache:
 class Attention(nn.Module):
     """Causal grouped-query attention: `n_rep` query heads read each key/value head."""
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, use_rope: bool = True):
         super().__init__()
         self.head_dim = config.head_dim
         self.n_rep = config.num_attention_heads // config.num_key_value_heads
+        self.use_rope = use_rope
 
         query_size = config.num_attention_heads * self.head_dim
         kv_size = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias="q_proj" in config.biases)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias="k_proj" in config.biases)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias="v_proj" in config.biases)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias="o_proj" in config.biases)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
         batch, n_new, _ = x.shape
@@ -146,8 +160,9 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(batch, n_new, -1, self.head_dim).transpose(1, 2)  # (batch, n_kv_heads, n_new, head_dim)
         v = self.v_proj(x).view(batch, n_new, -1, self.head_dim).transpose(1, 2)  # (batch, n_kv_heads, n_new, head_dim)
 
-        q = rotate(q, cos, sin)
-        k = rotate(k, cos, sin)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.use_rope:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)  # (batch, n_kv_heads, past + n_new, head_dim)
 
@@ -165,20 +180,21 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        size, width = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(size, width, bias="gate_proj" in config.biases)
+        self.up_proj = nn.Linear(size, width, bias="up_proj" in config.biases)
+        self.down_proj = nn.Linear(width, size, bias="down_proj" in config.biases)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
-    """One decoder layer, the unit that calibration works on."""
+    """One decoder layer, the unit that calibration works on. i: its number, since some layers have no RoPE."""
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, i: int = 0):
         super().__init__()
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, use_rope=i not in config.layers_without_rope)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -205,7 +221,7 @@ class Llama(nn.Module):
         self.config = config
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.model.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:

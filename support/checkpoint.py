@@ -95,24 +95,31 @@ def read_config(raw: dict) -> LlamaConfig:
     """Check a `config.json` and pick the fields that count. Raises ValueError naming the field."""
     model_type = raw.get("model_type")
     if model_type not in MODEL_TYPES:
-        wanted = " and ".join(map(repr, MODEL_TYPES))
+        wanted = ", ".join(MODEL_TYPES)
         raise ValueError(f"model_type {model_type!r:.60} is not supported: only {wanted} are")
 
-    # the sizes and switches that this type reads; what it does not read may stand there and means nothing
-    defaults = MODEL_TYPES[model_type]
-    kinds = {f.name: f.type for f in fields(LlamaConfig)} | {"attention_bias": bool, "mlp_bias": bool}
-    chosen = {key: setting(raw, key, kinds.get(key, int), default) for key, default in defaults.items()}
-    for key in ("attention_bias", "mlp_bias"):
-        if chosen.pop(key, False):
-            raise ValueError(f"{key} is set: linear layers with a bias are not supported")
+    # the keys that this type reads; what it does not read may stand there and means nothing
+    kinds = {f.name: f.type for f in fields(LlamaConfig)} | {"rope_theta": float}
+    chosen = {}
+    for key, default in MODEL_TYPES[model_type].items():
+        kind = bool if isinstance(default, bool) else kinds.get(key, int)
+        chosen[key] = raw.get(key) if key == "no_rope_layers" else setting(raw, key, kind, default)
 
     # inside its window, sliding attention is plain attention
-    window = chosen.pop("sliding_window", None) or chosen["max_position_embeddings"]
+    window = chosen.pop("sliding_window", None) if chosen.pop("use_sliding_window", True) else None
     context = chosen["max_position_embeddings"]
-    chosen["max_position_embeddings"] = min(context, window)
+    chosen["max_position_embeddings"] = min(context, window or context)
+
+    # what the families do differently
+    attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+    biases = attention[:3] if model_type == "qwen2" else attention if chosen.pop("attention_bias", False) else ()
+    biases += mlp if chosen.pop("mlp_bias", False) else ()
+    with_rope, interval = chosen.pop("no_rope_layers", None), chosen.pop("no_rope_layer_interval", None)
+    layers = range(chosen["num_hidden_layers"]) if model_type == "smollm3" else ()
+    without_rope = tuple(i for i in layers if not (with_rope[i] if with_rope else (i + 1) % interval))
 
     # rope_theta stands at the top level or among the numbers of the scaling, the original context too
-    rope = {"rope_theta": raw.get("rope_theta", 10000.0)} | nested(raw, "rope_scaling", "rope_parameters")
+    rope = {"rope_theta": chosen.pop("rope_theta")} | nested(raw, "rope_scaling", "rope_parameters")
     original = raw.get("original_max_position_embeddings", rope.get("original_max_position_embeddings", context))
     rope["original_max_position_embeddings"] = original
     check_rope(rope)
@@ -123,7 +130,14 @@ def read_config(raw: dict) -> LlamaConfig:
         check_quantization(quantization)
 
     chosen = {key: value for key, value in chosen.items() if value is not None}
-    config = LlamaConfig(**chosen, rope=rope, quantization=quantization)
+    config = LlamaConfig(
+        **chosen,
+        biases=biases,
+        qk_norm=model_type == "qwen3",
+        layers_without_rope=without_rope,
+        rope=rope,
+        quantization=quantization,
+    )
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     if heads % kv_heads or size % 2 or not 0 < heads * size < 2**30:
         raise ValueError(f"{heads} attention heads of size {size} do not go with {kv_heads} key/value heads")
@@ -331,7 +345,8 @@ class Checkpoint:
                 continue
             bits, group_size = self.config.quantization["bits"], self.config.quantization["group_size"]
             try:
-                packed = BCQLinear(linear.in_features, linear.out_features, bits, group_size)
+                has_bias = linear.bias is not None
+                packed = BCQLinear(linear.in_features, linear.out_features, bits, group_size, has_bias)
             except ValueError as error:
                 raise ValueError(f"{self.folder / 'config.json'}: {prefix}{name}: {error}") from None
             module.set_submodule(name, packed)
@@ -343,14 +358,14 @@ class Checkpoint:
         state = {name: self.tensor(prefix + name) for name in module.state_dict()}
 
         # a BCQLinear keeps its int32 planes and fp16 scales, whatever dtype it multiplies with
-        state = {name: t.to(dtype) if name.endswith("weight") else t for name, t in state.items()}
+        state = {name: t.to(dtype) if name.endswith(("weight", "bias")) else t for name, t in state.items()}
         module.load_state_dict(state, assign=True)
         return module.requires_grad_(False).to(device)
 
     def block(self, i: int, dtype=torch.float32, device="cpu") -> Block:
         """Decoder layer i."""
         with torch.device("meta"):
-            block = Block(self.config)
+            block = Block(self.config, i)
         return self._fill(block, f"model.layers.{i}.", dtype, device)
 
     def embedding(self, dtype=torch.float32, device="cpu") -> nn.Embedding:

@@ -148,9 +148,14 @@ def peak_and_total(device: torch.device) -> tuple[int, int]:
 # -------------------------------------------------------------------------------------------------------- the report
 
 
+def is_quantized(name: str) -> bool:
+    """Whether a tensor of this name belongs to a quantized weight."""
+    return "_proj." in name and not name.endswith(".bias")
+
+
 def stored_bits(checkpoint: Checkpoint, weights: int) -> float:
     """Bits per quantized weight as stored on disk, alpha and shift included. weights: how many in a block."""
-    return 8 * checkpoint.n_bytes(lambda name: "_proj." in name) / (checkpoint.config.num_hidden_layers * weights)
+    return 8 * checkpoint.n_bytes(is_quantized) / (checkpoint.config.num_hidden_layers * weights)
 
 
 def print_table(perplexities: dict[str, float], bits: int, weights: int, source: Checkpoint, written: Checkpoint):

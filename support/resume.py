@@ -172,13 +172,13 @@ def shard(checkpoint: Checkpoint, i: int, folder: Path) -> Path:
 
 
 def write_block(checkpoint: Checkpoint, i: int, packed: dict[str, BCQLinear], folder: Path, dequantized=False) -> None:
-    """Block i as a shard: bit-planes, or the weights they stand for, and the norms as they were."""
+    """Block i as a shard: bit-planes, or the weights they stand for, and norms and biases as they were."""
     prefix = f"model.layers.{i}."
     tensors = checkpoint.tensors(lambda name: name.startswith(prefix))
     for name, layer in packed.items():
         weight = tensors.pop(f"{prefix}{name}.weight")
-        stored = {"weight": layer.dequantize(weight.dtype)} if dequantized else layer.state_dict()
-        tensors |= {f"{prefix}{name}.{key}": t for key, t in stored.items()}
+        stored = {"weight": layer.dequantize(weight.dtype)} if dequantized else dict(layer.named_buffers())
+        tensors |= {f"{prefix}{name}.{key}": t for key, t in stored.items()}  # a bias is there already
     write_tensors(shard(checkpoint, i, folder), tensors)
 
 
@@ -193,7 +193,8 @@ def read_block(checkpoint: Checkpoint, i: int, folder: Path, settings: Settings)
         for name, linear in linears(block).items():
             prefix = f"model.layers.{i}.{name}."
             if f"{prefix}bit_planes" in file.keys():
-                layer = BCQLinear(linear.in_features, linear.out_features, settings.bits, settings.group_size)
+                has_bias = linear.bias is not None
+                layer = BCQLinear(linear.in_features, linear.out_features, settings.bits, settings.group_size, has_bias)
                 layer.load_state_dict({key: file.get_tensor(prefix + key) for key in layer.state_dict()})
                 packed[name] = layer
     return packed

@@ -190,6 +190,7 @@ def answer_questions(
         if isinstance(packed, BCQLinear):
             linear = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
             linear.weight = nn.Parameter(packed.dequantize(), requires_grad=False)
+            linear.bias = packed.bias
             model.set_submodule(name, linear)
 
     return table(accuracy(checkpoint, model, tokenizer, folder, n_shots, seq_len, limit), n_shots)
