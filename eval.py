@@ -26,6 +26,7 @@ from llama import Block, rope_tables
 from support.checkpoint import Checkpoint
 from support.command import check_device, guarded
 from support.data import batches, cut, encode_prompt, load_text, load_tokenizer, resolve_seq_len, tokenize
+from support.hub import model_folder
 from support.settings import Evaluation, add_options
 from support.tasks import answer_questions
 
@@ -109,7 +110,7 @@ def generate(checkpoint: Checkpoint, tokenizer: Tokenizer, prompt: str, n_tokens
 
 def run(settings: Evaluation) -> None:
     device = check_device(settings.device)
-    checkpoint = Checkpoint(settings.model)
+    checkpoint = Checkpoint(model_folder(settings.model))
     tokenizer = load_tokenizer(checkpoint.folder)
 
     if settings.prompt is not None:

@@ -185,10 +185,7 @@ class Checkpoint:
         if self.folder.is_file():
             raise OSError(f"{folder}: is a file; give the Hugging Face folder of the model (GGUF files are not read)")
         if not self.folder.is_dir():
-            raise OSError(
-                f"{folder}: no such folder; for a model on Hugging Face, first run "
-                f"`hf download {folder} --local-dir FOLDER` (from `pip install huggingface_hub`) and give FOLDER"
-            )
+            raise OSError(f"{folder}: no such folder; give one, or org/name of a model on Hugging Face")
 
         if (self.folder / "adapter_config.json").exists():
             raise ValueError(

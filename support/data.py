@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from support.checkpoint import Checkpoint
+from support.hub import TEXTS, named_text
 from support.settings import Settings
 
 
@@ -49,7 +50,10 @@ def read_text(path: str | Path) -> str:
 
 
 def load_text(path: Path | None, held_out: bool) -> tuple[str, str]:
-    """A text and its name: the file, or the standard library's training or held-out files if `path` is None."""
+    """A text and its name: the file, a text of `hub.TEXTS`, or the standard library's training or held-out files if
+    `path` is None."""
+    if str(path) in TEXTS and not path.exists():
+        return named_text(str(path), held_out), f"{path}, {'test' if held_out else 'training'} split"
     if path is not None:
         return read_text(path), Path(path).name
     return standard_library_text(held_out), "Python standard library" + (", held-out files" if held_out else "")
@@ -160,7 +164,9 @@ def load_texts(checkpoint: Checkpoint, settings: Settings) -> tuple[Tensor, Tens
     seq_len, eval_seq_len = settings.seq_len, settings.eval_seq_len
 
     text, name = load_text(settings.text, held_out=False)
-    if settings.text and not settings.eval_text:
+    if str(settings.text) in TEXTS and not settings.eval_text:
+        eval_text, eval_name = load_text(settings.text, held_out=True)
+    elif settings.text and not settings.eval_text:
         split = len(text) * 9 // 10
         text, eval_text, eval_name = text[:split], text[split:], f"last tenth of {name}"
     else:

@@ -18,6 +18,7 @@ from support import parallel
 from support.checkpoint import Checkpoint, side_files
 from support.command import check_device, named
 from support.data import resolve_seq_len
+from support.hub import model_folder
 from support.resume import check_out, partial_folder
 from support.settings import TINY, Settings
 
@@ -30,10 +31,10 @@ def resolve(settings: Settings) -> tuple[Checkpoint, Settings]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
-    checkpoint = Checkpoint(settings.model)
+    checkpoint = Checkpoint(model_folder(settings.model))
     if checkpoint.config.quantization:
         raise ValueError(f"{settings.model}: is quantized already; give the original model")
-    name = checkpoint.folder.resolve().name
+    name = (settings.model.resolve() if settings.model.is_dir() else settings.model).name.partition("@")[0]
     is_bundled = checkpoint.folder.resolve() == TINY
     seq_len = resolve_seq_len(settings.seq_len, checkpoint)
     eval_seq_len = seq_len if settings.eval_seq_len is None else settings.eval_seq_len

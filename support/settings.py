@@ -45,7 +45,7 @@ class Settings:
 
     As in the paper, but for learn_shift, n_ratios and importance. Raises ValueError for a number out of its range."""
 
-    model: Path = files(TINY, "checkpoint folder to quantize", shown="the bundled models/tiny")
+    model: Path = files(TINY, "folder, or org/name[@revision] on Hugging Face", shown="the bundled models/tiny")
     out: Path | None = files(None, "new folder to write", shown="MODEL-METHOD-BITSbit, here")
 
     method: str = quantization("flexbcq", "how to quantize", choices=METHODS)
@@ -72,9 +72,13 @@ class Settings:
     n_rounds: int = switch(15, "rounds of alternating update per ratio (0: keep uniform levels, like rtn)", 0)
     importance: bool = switch(True, "initialize for the inputs that a layer sees, not for its weights alone")
 
-    text: Path | None = files(None, "UTF-8 file to calibrate on", shown="the Python standard library")
+    text: Path | None = files(
+        None, "UTF-8 file to calibrate on, or wikitext2 or c4 (training split)", shown="the Python standard library"
+    )
     eval_text: Path | None = evaluation(
-        None, "UTF-8 file for perplexity", shown="the last tenth of --text, or held-out files of the library"
+        None,
+        "UTF-8 file for perplexity, or wikitext2 or c4 (test split, rows joined by blank lines as in GPTQ's loader)",
+        shown="the test split or last tenth of --text, or held-out files of the library",
     )
     eval_seq_len: int | None = evaluation(None, "tokens per window", shown="as --seq-len")
     eval_windows: int | None = evaluation(None, "evaluate on the first so many windows only", 1, shown="all")
@@ -106,11 +110,16 @@ class Settings:
 class Evaluation:
     """What eval.py measures. Raises ValueError for a number out of its range."""
 
-    model: Path = files(TINY, "checkpoint folder, original or packed", shown="the bundled models/tiny")
+    model: Path = files(
+        TINY, "folder, original or packed, or org/name[@revision] on Hugging Face", shown="the bundled models/tiny"
+    )
     device: str | torch.device = files(default_device, "cpu, cuda, cuda:1, ...", shown=FOUND)
 
     text: Path | None = option(
-        "perplexity", None, "UTF-8 file to measure on", shown="held-out files of the Python standard library"
+        "perplexity",
+        None,
+        "UTF-8 file to measure on, or wikitext2 or c4",
+        shown="held-out files of the Python standard library",
     )
     seq_len: int | None = option(
         "perplexity", None, "tokens per window", shown="2048, or the model's context if smaller"
