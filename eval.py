@@ -1,7 +1,9 @@
-"""Measure a checkpoint folder, original or packed: perplexity of a text, text from a prompt with tokens per second, or
-answers to the questions of MMLU (see support/tasks.py).
+"""Measure a checkpoint folder, original or packed: perplexity of a text, distance from the original (KL divergence,
+share of positions with the same most likely token), text from a prompt with tokens per second, or answers to the
+questions of MMLU (see support/tasks.py).
 
     python eval.py --model FOLDER --text wiki.test.raw
+    python eval.py --model PACKED --against FOLDER --text wiki.test.raw
     python eval.py --model FOLDER --prompt "def fibonacci("
     python eval.py --model FOLDER --mmlu DATA --shots 5
 
@@ -14,7 +16,7 @@ one block and of the activations.
 import argparse
 import math
 import time
-from typing import Callable, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,33 @@ from support.tasks import answer_questions
 
 
 @torch.inference_mode()
+def run_blocks(
+    checkpoint: Checkpoint, windows: Tensor, device="cpu", prepare: Callable[[Block, int], None] | None = None, label=""
+) -> Tensor:
+    """All windows, (n_windows, seq_len) int64, through one block after the other: (n_windows, seq_len, hidden_size),
+    float32 on the CPU. prepare, label: as in `perplexity`."""
+    cos, sin = rope_tables(checkpoint.config, windows.shape[1], device)
+    x = checkpoint.embed(windows)
+
+    n_blocks = checkpoint.config.num_hidden_layers
+    for i in tqdm(range(n_blocks), desc=f"perplexity {label}".strip(), unit="block", leave=False):
+        block = checkpoint.block(i, device=device)
+        if prepare is not None:
+            prepare(block, i)
+        for part in batches(x):
+            part.copy_(block(part.to(device), cos, sin))
+    return x
+
+
+def parts(windows: Tensor, *states: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """A few positions at a time, since logits are large: the token that follows each, and what predicts it.
+
+    windows: (n_windows, seq_len); states: (n_windows, seq_len, hidden_size) -> (n,), (n, hidden_size) each"""
+    for ids, *last in zip(windows, *states):
+        yield from zip(ids[1:].split(256), *(x[:-1].split(256) for x in last))
+
+
+@torch.inference_mode()
 def perplexity(
     checkpoint: Checkpoint, windows: Tensor, device="cpu", prepare: Callable[[Block, int], None] | None = None, label=""
 ) -> float:
@@ -41,29 +70,53 @@ def perplexity(
     prepare: called with each block and its number before it is used, for example to quantize it
     label: what the progress bar calls it
     Raises ValueError if the loss is not a number."""
-    cos, sin = rope_tables(checkpoint.config, windows.shape[1], device)
-    x = checkpoint.embed(windows)  # (n_windows, seq_len, hidden_size), stays on the CPU
-
-    # all windows through one block after the other
-    n_blocks = checkpoint.config.num_hidden_layers
-    for i in tqdm(range(n_blocks), desc=f"perplexity {label}".strip(), unit="block", leave=False):
-        block = checkpoint.block(i, device=device)
-        if prepare is not None:
-            prepare(block, i)
-        for part in batches(x):
-            part.copy_(block(part.to(device), cos, sin))
-
-    # each position predicts the next token of its window
+    x = run_blocks(checkpoint, windows, device, prepare, label)
     head, loss = checkpoint.head(device=device), 0.0
-    for ids, last in zip(windows, x):
-        for part, wanted in zip(last[:-1].split(256), ids[1:].split(256)):
-            logits = head(part.to(device))  # (up to 256, vocab_size)
-            loss += F.cross_entropy(logits, wanted.to(device), reduction="sum").item()
-    loss /= windows[:, 1:].numel()
+    for wanted, part in parts(windows, x):
+        logits = head(part.to(device))  # (n, vocab_size)
+        loss += F.cross_entropy(logits, wanted.to(device), reduction="sum").item()
+    return exp_loss(checkpoint, loss / windows[:, 1:].numel())
 
+
+def exp_loss(checkpoint: Checkpoint, loss: float) -> float:
+    """Perplexity from the mean loss. Raises ValueError if it is not a number."""
     if math.isnan(loss):
         raise ValueError(f"{checkpoint.folder}: the loss is not a number; do config.json and the weights fit together?")
     return math.exp(loss) if loss < 700 else math.inf
+
+
+class Comparison(NamedTuple):
+    """How far a model is from its original, over all positions of a text."""
+
+    kl_mean: float  # of KL(original || model), in nats
+    kl_99: float  # its 99th percentile
+    same_token: float  # share of positions where both find the same token most likely
+    perplexity: float
+    perplexity_original: float
+
+
+@torch.inference_mode()
+def compare(checkpoint: Checkpoint, original: Checkpoint, windows: Tensor, device="cpu") -> Comparison:
+    """Next-token distributions of a model against those of its original. windows: (n_windows, seq_len) int64
+
+    Raises ValueError if they do not share a vocabulary."""
+    if checkpoint.config.vocab_size != original.config.vocab_size:
+        raise ValueError(f"{original.folder}: has another vocabulary than {checkpoint.folder}; give the original of it")
+    both = (checkpoint, original)
+    states = [run_blocks(c, windows, device, label=c.folder.name) for c in both]
+    heads = [c.head(device=device) for c in both]
+
+    kl, same, losses = [], 0, [0.0, 0.0]
+    for wanted, *last in parts(windows, *states):
+        log_q, log_p = (head(x.to(device)).log_softmax(-1) for head, x in zip(heads, last))  # (n, vocab_size)
+        kl.append((log_p.exp() * (log_p - log_q)).sum(-1).cpu())
+        same += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+        for i, log in enumerate((log_q, log_p)):
+            losses[i] += F.nll_loss(log, wanted.to(device), reduction="sum").item()
+
+    kl = torch.cat(kl).double()
+    ours, theirs = (exp_loss(c, loss / len(kl)) for c, loss in zip(both, losses))
+    return Comparison(kl.mean().item(), kl.kthvalue(math.ceil(0.99 * len(kl))).values.item(), same / len(kl), ours, theirs)
 
 
 class Generated(NamedTuple):
@@ -126,7 +179,11 @@ def run(settings: Evaluation) -> None:
 
     text, name = load_text(settings.text, held_out=True)
     windows = cut(tokenize(tokenizer, text, name, seq_len), seq_len)
-    result = perplexity(checkpoint, windows, device)
+    if settings.against is not None:
+        found = compare(checkpoint, Checkpoint(model_folder(settings.against)), windows, device)
+        print(f"KL divergence {found.kl_mean:.4f} (99th percentile {found.kl_99:.3f}), ", end="")
+        print(f"same most likely token {found.same_token:.2%}, original perplexity {found.perplexity_original:.4f}")
+    result = found.perplexity if settings.against is not None else perplexity(checkpoint, windows, device)
     print(f"perplexity {result:.4f} ({name}, seq_len {seq_len}, {len(windows)} windows)")
 
 

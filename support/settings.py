@@ -125,6 +125,10 @@ class Evaluation:
         "perplexity", None, "tokens per window", shown="2048, or the model's context if smaller"
     )
 
+    against: Path | None = option(
+        "perplexity", None, "also measure the distance from this model, the original: KL divergence, same token"
+    )
+
     prompt: str | None = option("text generation", None, "continue this text instead, and print tokens per second")
     tokens: int = option("text generation", 100, "tokens to generate", 1)
 
