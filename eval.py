@@ -26,11 +26,12 @@ from tqdm import tqdm
 
 from llama import Block, rope_tables
 from support.checkpoint import Checkpoint
+from support.cloze import answer_items, mmlu_items, read_items
 from support.command import check_device, guarded
 from support.data import batches, cut, encode_prompt, load_text, load_tokenizer, resolve_seq_len, tokenize
 from support.hub import model_folder
 from support.settings import Evaluation, add_options
-from support.tasks import answer_questions
+from support.tasks import accuracy, load_model, subjects, table
 
 
 @torch.inference_mode()
@@ -116,7 +117,8 @@ def compare(checkpoint: Checkpoint, original: Checkpoint, windows: Tensor, devic
 
     kl = torch.cat(kl).double()
     ours, theirs = (exp_loss(c, loss / len(kl)) for c, loss in zip(both, losses))
-    return Comparison(kl.mean().item(), kl.kthvalue(math.ceil(0.99 * len(kl))).values.item(), same / len(kl), ours, theirs)
+    kl_99 = kl.kthvalue(math.ceil(0.99 * len(kl))).values.item()
+    return Comparison(kl.mean().item(), kl_99, same / len(kl), ours, theirs)
 
 
 class Generated(NamedTuple):
@@ -161,6 +163,19 @@ def generate(checkpoint: Checkpoint, tokenizer: Tokenizer, prompt: str, n_tokens
     return Generated(text, speed, size * speed / 1e9)
 
 
+def answer(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: Evaluation, seq_len: int, device) -> str:
+    """The score in a task. Files are read before the model is loaded."""
+    if settings.task is not None or settings.cloze:
+        mmlu, limit = settings.mmlu, settings.limit
+        items = mmlu_items(mmlu, limit) if settings.task is None else read_items(settings.task, limit)
+        return answer_items(checkpoint, load_model(checkpoint, device), tokenizer, items)
+
+    subjects(settings.mmlu)  # are there any?
+    model = load_model(checkpoint, device)
+    scores = accuracy(checkpoint, model, tokenizer, settings.mmlu, settings.shots, seq_len, settings.limit)
+    return table(scores, settings.shots)
+
+
 def run(settings: Evaluation) -> None:
     device = check_device(settings.device)
     checkpoint = Checkpoint(model_folder(settings.model))
@@ -173,8 +188,8 @@ def run(settings: Evaluation) -> None:
         return
 
     seq_len = resolve_seq_len(settings.seq_len, checkpoint)
-    if settings.mmlu is not None:
-        print(answer_questions(checkpoint, tokenizer, settings.mmlu, settings.shots, seq_len, settings.limit, device))
+    if settings.task is not None or settings.mmlu is not None:
+        print(answer(checkpoint, tokenizer, settings, seq_len, device))
         return
 
     text, name = load_text(settings.text, held_out=True)

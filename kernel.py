@@ -14,34 +14,36 @@ CPU. Rows are padded with zeros to a multiple of 32. Storage is n_bits + 16 (n_b
 `codes` are the bits of one weight as an integer, plane 0 the most significant: for a uniform quantizer, where
 alpha halves from plane to plane, they are the familiar 0 .. 2^n_bits - 1.
 
-Up to 8 tokens at a time are multiplied straight from the bit-planes, by the first of these paths that a machine offers:
+Tokens, on a GPU up to 8 at a time, are multiplied straight from the bit-planes, by the first of these paths that a
+machine offers:
 
-    on a GPU    cuda                   kernel.cu: its fast kernel where the shape allows it, else the readable one
-    on a CPU    avx512, avx2, scalar   kernel.cpp
-    anywhere    torch                  plain PyTorch: dequantize, then a matrix product
+    on a GPU    cuda                        kernel.cu: its fast kernel where the shape allows it, else the readable one
+    on a CPU    avx512, avx2, neon, scalar  support/cpu/cpu.h, which also tells what avx512_int8 and the like are
+    anywhere    torch                       plain PyTorch: dequantize, then a matrix product
 
 The environment variable FLEXBCQ_KERNEL=NAME forces one. The kernels are compiled when first needed, into build/.
 `python -m experiments.kernels` measures them on this machine.
 """
 
+import ctypes
 import functools
+import hashlib
 import os
+import platform
 import shlex
 import shutil
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
-from types import ModuleType
+from typing import Callable, NamedTuple
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 TILE = 32  # rows side by side, and columns in a word
-MAX_BATCH = 8  # tokens that the kernels take at once
-BUILD = (
-    Path(__file__).with_name("build") / f"python{sys.version_info[0]}.{sys.version_info[1]}-torch{torch.__version__}"
-)
+MAX_BATCH = 8  # tokens that the kernels of a GPU take at once; those of a CPU take any number
 
 
 def columns_per_group(in_features: int, group_size: int) -> int:
@@ -113,66 +115,138 @@ def unpack(bit_planes: Tensor, out_features: int) -> Tensor:
     return codes
 
 
+def dequantize(bit_planes: Tensor, alpha: Tensor, shift: Tensor, out_features: int) -> Tensor:
+    """The weight, (out_features, in_features) float32, from its parts as they are stored."""
+    in_features = bit_planes.shape[2] * TILE
+    group_size = in_features // alpha.shape[2]
+
+    def per_weight(x: Tensor) -> Tensor:  # (out/32, in/group_size, 32) fp16 -> (out, in) float32
+        return from_tiles(x, out_features).float().repeat_interleave(group_size, dim=1)
+
+    weight = per_weight(shift)
+    for plane, alpha_of_plane in zip(bit_planes, alpha):
+        sign = unpack_plane(plane, out_features).float() * 2 - 1
+        weight.addcmul_(sign, per_weight(alpha_of_plane))
+    return weight
+
+
 # -------------------------------------------------------------------------------------------- the compiled kernels
 
 
-def compiler_flags(compiler: str) -> list[str]:
-    """Those of our flags that a compiler takes without a warning: Apple's clang has no OpenMP, MSVC knows none of them.
-
-    -fopenmp: for compiling only; when linking, it would bring a second thread pool beside PyTorch's
-    -fno-tree-ter: without it GCC undoes the order of the innermost loop, and every addition waits for the one before"""
-    taken = ["-O3"]
-    for flag in ("-fopenmp", "-fno-tree-ter", "-Wno-psabi"):
-        source = "#include <omp.h>\n" if flag == "-fopenmp" else ""
-        command = [*shlex.split(compiler), flag, "-Werror", "-x", "c++", "-fsyntax-only", "-"]
-        if subprocess.run(command, input=source, capture_output=True, text=True).returncode == 0:
-            taken.append(flag)
-    return taken
+HERE = Path(__file__).parent
+FOLDERS = [HERE / "build", Path.home() / ".cache" / "flexbcq"]  # where compiled kernels are looked for and kept
 
 
-def compile_library() -> ModuleType:
-    """kernel.cpp, and kernel.cu where there is a GPU, compiled into `BUILD` if that is not done yet."""
+def compiled_name(with_cuda: bool) -> str:
+    """A file name that changes with the content of the sources and with all else that a compiled file depends on."""
+    sources = [HERE / "kernel.cpp", *sorted((HERE / "support" / "cpu").glob("*.h"))] + [HERE / "kernel.cu"] * with_cuda
+    card = f"{torch.version.cuda} {torch.cuda.get_device_capability()}" if with_cuda else ""
+    digest = hashlib.sha256(f"{platform.platform()} {torch.__version__} {card}".encode())
+    for path in sources:
+        digest.update(path.read_bytes())
+    return f"flexbcq_kernel-{digest.hexdigest()[:16]}.so"
+
+
+class Library(NamedTuple):
+    """The compiled kernels."""
+
+    multiply: Callable  # x, bit_planes, alpha, shift, out_features, path -> x @ W.T; an operator of PyTorch
+    cpu_paths: list[str]
+    has_cuda: bool
+
+
+def compile_kernels(target: Path, with_cuda: bool) -> ctypes.CDLL:
+    """Compile kernel.cpp, and kernel.cu for a GPU, to `target`, and load them. Raises whatever goes wrong."""
     import ninja
-    from filelock import FileLock
     from torch.utils import cpp_extension  # takes a second
 
     compiler = cpp_extension.get_cxx_compiler()  # CXX, c++, or cl on Windows
     if shutil.which(shlex.split(compiler)[0]) is None:
-        raise OSError("no C++ compiler is installed")
-    os.environ["PATH"] += os.pathsep + ninja.BIN_DIR  # not on it in a virtual environment that is not activated
+        raise OSError(f"no C++ compiler {compiler} is installed")
+    sources = ["kernel.cpp", "kernel.cu"] if with_cuda else ["kernel.cpp"]
+    print(f"compiling {' and '.join(sources)}, once, about a minute ...", file=sys.stderr)
 
-    here = Path(__file__).parent
-    with_cuda = torch.cuda.is_available() and cpp_extension.CUDA_HOME is not None
-    sources = [here / "kernel.cpp"] + ([here / "kernel.cu"] if with_cuda else [])
-
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with FileLock(BUILD / "in_use"):  # one process at a time; ends with it, however that ends
-        # PyTorch has a lock of its own: a process that is killed leaves it, and the next would wait for ever
-        (BUILD / "lock").unlink(missing_ok=True)
-
-        built = [*BUILD.glob("flexbcq_kernel*.so"), *BUILD.glob("flexbcq_kernel*.pyd")]
-        if not built or built[0].stat().st_mtime < max(file.stat().st_mtime for file in sources):
-            print(f"compiling {', '.join(f.name for f in sources)}, once, about a minute ...", file=sys.stderr)
-        return cpp_extension.load(
+    # ninja's program is not on the PATH in a virtual environment that is not activated
+    os.environ["PATH"] = os.environ.get("PATH", "") + os.pathsep + ninja.BIN_DIR
+    with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as work:
+        cpp_extension.load(
             "flexbcq_kernel",
-            [str(source) for source in sources],
-            build_directory=str(BUILD),
+            [str(HERE / source) for source in sources],
+            build_directory=work,
             with_cuda=with_cuda,
-            extra_cflags=compiler_flags(compiler) + ["-DWITH_CUDA"] * with_cuda,
+            is_python_module=False,
+            extra_cflags=["-O3", "-Wall"] + ["-DWITH_CUDA"] * with_cuda,
             extra_cuda_cflags=["-O3"],
+            extra_include_paths=[str(HERE)],
         )
+        (built,) = [path for path in Path(work).iterdir() if path.suffix in (".so", ".pyd")]
+        shutil.copyfile(built, target.with_suffix(".tmp"))
+        target.with_suffix(".tmp").replace(target)  # whole or not at all
+        return ctypes.CDLL(str(built))
+
+
+def load_kernels(with_cuda: bool) -> Library:
+    """Load the compiled kernels, which are made if they are in none of the `FOLDERS` (the first may be read-only)."""
+    name, loaded = compiled_name(with_cuda), None
+    file = next((folder / name for folder in FOLDERS if (folder / name).exists()), None)
+    if file is None:
+        from filelock import FileLock
+
+        file = (FOLDERS[0] if os.access(FOLDERS[0].parent, os.W_OK) else FOLDERS[1]) / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.parent / "lock"):  # one process compiles; the lock ends with it, however that ends
+            if not file.exists():
+                loaded = compile_kernels(file, with_cuda)
+    if loaded is None:
+        torch.ops.load_library(file)
+        loaded = ctypes.CDLL(str(file))
+
+    torch.library.register_fake("flexbcq::multiply", multiply_fake)
+    torch.library.register_autograd("flexbcq::multiply", multiply_backward, setup_context=keep_weight)
+    loaded.flexbcq_cpu_paths.restype = ctypes.c_char_p
+    return Library(torch.ops.flexbcq.multiply, loaded.flexbcq_cpu_paths().decode().split(), with_cuda)
 
 
 @functools.cache
-def library() -> ModuleType | None:
-    """The compiled kernels; None where they cannot be had, with one line that says why."""
-    try:
-        return compile_library()
-    except Exception as error:  # whatever it is, plain PyTorch does the same, slower
-        said = str(error).splitlines() or [repr(error)]
-        reason = next((line for line in said if "error: " in line), said[0])  # a compiler's is not the first line
-        print(f"no compiled kernels ({reason[:150]}): on with plain PyTorch", file=sys.stderr)
-        return None
+def library() -> Library | None:
+    """The compiled kernels; None where they cannot be had, with one line that says why.
+
+    A GPU without its own kernels still has those of the CPU beside it."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and CUDA_HOME is None:
+        print("no nvcc: plain PyTorch on the GPU; install the CUDA toolkit or set CUDA_HOME", file=sys.stderr)
+    for with_cuda in [True, False] if on_gpu and CUDA_HOME else [False]:
+        try:
+            return load_kernels(with_cuda)
+        except Exception as error:  # whatever it is, plain PyTorch does the same, slower
+            said = str(error).splitlines() or [repr(error)]
+            reason = next((line for line in said if "error: " in line), said[0])  # a compiler's is not the first line
+            print(f"no compiled kernels ({reason[:150]}): on with plain PyTorch", file=sys.stderr)
+    return None
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether x takes part in forward-mode differentiation, which the operator knows nothing of."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return False
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
+def multiply_fake(x: Tensor, planes: Tensor, alpha: Tensor, shift: Tensor, out_features: int, path: str) -> Tensor:
+    """The shape of a product, for torch.compile and torch.export."""
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def keep_weight(ctx, inputs: tuple, output: Tensor) -> None:
+    _, *weight, ctx.out_features, _ = inputs
+    ctx.save_for_backward(*weight)
+
+
+def multiply_backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+    """dL/dx = g W; the weight is a constant."""
+    return g @ dequantize(*ctx.saved_tensors, ctx.out_features).to(g.dtype), None, None, None, None, None
 
 
 @functools.cache
@@ -184,14 +258,20 @@ def paths(device_type: str) -> list[str]:
     if forced == "torch" or device_type not in ("cpu", "cuda") or library() is None:
         found = []
     elif device_type == "cpu":
-        found = library().cpu_paths()
+        found = list(library().cpu_paths)
     else:
-        found = ["cuda", "fast", "readable"] if hasattr(library(), "cuda") else []
+        found = ["cuda", "fast", "readable"] if library().has_cuda else []
     found.append("torch")
 
     if forced and forced not in found:
         raise ValueError(f"FLEXBCQ_KERNEL={forced}: this machine offers {', '.join(found)}")
     return [forced] if forced else found
+
+
+@torch.compiler.assume_constant_result  # torch.compile does not look into it
+def best_path(device_type: str) -> str:
+    """The first of `paths`."""
+    return paths(device_type)[0]
 
 
 # ---------------------------------------------------------------------------------------------------- the layer
@@ -238,20 +318,12 @@ class BCQLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(out_features, in_features): the sum over planes, added up in float32 one plane at a time."""
-
-        def per_weight(x: Tensor) -> Tensor:  # (out/32, in/group_size, 32) fp16 -> (out, in) float32
-            return from_tiles(x, self.out_features).float().repeat_interleave(self.group_size, dim=1)
-
-        weight = per_weight(self.shift)
-        for plane, alpha in zip(self.bit_planes, self.alpha):
-            sign = unpack_plane(plane, self.out_features).float() * 2 - 1
-            weight.addcmul_(sign, per_weight(alpha))
-        return weight.to(dtype)
+        return dequantize(self.bit_planes, self.alpha, self.shift, self.out_features).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) -> (..., out_features) in the dtype of x, or that of autocast where it is on.
 
-        A few tokens are multiplied from the bit-planes; many, or those that need gradients, by the dequantized weight.
+        Tokens are multiplied straight from the bit-planes; many on a GPU, or those that need gradients, by the weight.
         Raises ValueError on another width or on whole numbers."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} columns, the weight has in_features {self.in_features}")
@@ -260,15 +332,17 @@ class BCQLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
 
-        few = 1 <= x.numel() // self.in_features <= MAX_BATCH
-        path = paths(x.device.type)[0] if few and not x.requires_grad else "torch"
+        # the kernels of a CPU take any number of tokens, those of a GPU a few
+        tokens = x.numel() // self.in_features
+        taken = 1 <= tokens and (tokens <= MAX_BATCH or x.is_cpu) and not (x.requires_grad or has_tangent(x))
+        path = best_path(x.device.type) if taken else "torch"
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if path == "torch":
             return F.linear(x, self.dequantize(x.dtype), bias)
 
         # attribute access on a Module is slow: three lookups by name cost as much as a small product
         planes_alpha_shift = self._buffers.values()
-        y = library().multiply(x, *planes_alpha_shift, self.out_features, path)
+        y = torch.ops.flexbcq.multiply(x, *planes_alpha_shift, self.out_features, path)
         return y if bias is None else y + bias
 
     def _apply(self, fn, recurse=True):

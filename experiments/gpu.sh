@@ -21,7 +21,7 @@ trap 'rm -rf "$work"' EXIT
 
 check() { # without a compiled kernel the tests would skip it, and all that follows would measure plain PyTorch
     nvidia-smi --query-gpu=name,driver_version --format=csv
-    python3 -c "from kernel import backends; assert 'cuda' in backends('cuda'), 'kernel.cu was not compiled'"
+    python3 -c "from kernel import paths; assert 'cuda' in paths('cuda'), 'kernel.cu was not compiled'"
     python3 -m pytest -q tests/robustness/test_multiply.py tests/robustness/test_cuda.py tests/test_flexbcq.py
 }
 

@@ -94,7 +94,7 @@ def refuse_other_functions(raw: dict, rope: dict) -> None:
 def read_config(raw: dict) -> LlamaConfig:
     """Check a `config.json` and pick the fields that count. Raises ValueError naming the field."""
     model_type = raw.get("model_type")
-    if model_type not in MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         wanted = ", ".join(MODEL_TYPES)
         raise ValueError(f"model_type {model_type!r:.60} is not supported: only {wanted} are")
 

@@ -132,11 +132,11 @@ class Evaluation:
     prompt: str | None = option("text generation", None, "continue this text instead, and print tokens per second")
     tokens: int = option("text generation", 100, "tokens to generate", 1)
 
-    mmlu: Path | None = option(
-        "multiple choice", None, "answer the questions of MMLU instead: its published folder, with dev and test"
-    )
-    shots: int = option("multiple choice", 5, "solved questions shown before each", 0)
-    limit: int | None = option("multiple choice", None, "ask the first so many of each subject only", 1, shown="all")
+    task: Path | None = option("tasks", None, "a .jsonl file of BLiMP, LAMBADA, PIQA or ARC, or a folder of them")
+    mmlu: Path | None = option("tasks", None, "MMLU, by letters: its published folder, with dev and test")
+    cloze: bool = option("tasks", False, "MMLU by the texts of the answers, without shots")
+    shots: int = option("tasks", 5, "solved questions shown before each of MMLU", 0)
+    limit: int | None = option("tasks", None, "the first so many of each file or subject only", 1, shown="all")
 
     def __post_init__(self):
         check_ranges(self)

@@ -84,15 +84,23 @@ def fitting_choices(
         answers = choices(tokenizer, subject, shots[:n], question)
         if max(map(len, answers)) <= seq_len:
             break
-    return [ids[-seq_len:] for ids in answers], n
+    too_long = max(0, max(map(len, answers)) - seq_len)
+    return [ids[too_long:] for ids in answers], n
 
 
 # ------------------------------------------------------------------------------------------------------- the answers
 
 
+class Likelihood(NamedTuple):
+    """What a model says of a continuation."""
+
+    log_p: float  # natural logarithm of its probability
+    greedy: bool  # is each of its tokens the most likely one?
+
+
 @torch.inference_mode()
-def log_probability(model: Llama, pairs: Iterable[tuple[list[int], int]], max_length: int) -> Iterator[float]:
-    """For each pair (tokens, n): the log-probability of the tokens from the n-th on, given those before.
+def log_probability(model: Llama, pairs: Iterable[tuple[list[int], int]], max_length: int) -> Iterator[Likelihood]:
+    """For each pair (tokens, n): the likelihood of the tokens from the n-th on, given those before.
 
     What a text has in common with the one before, such as the shots, stays in the cache and is not computed again."""
     like = model.model.norm.weight
@@ -108,7 +116,8 @@ def log_probability(model: Llama, pairs: Iterable[tuple[list[int], int]], max_le
         # the logits at one place are those of the token at the next
         logits = model(ids[None, shared:-1].to(like.device), caches)[0, n - len(ids) :]  # (answer, vocab_size)
         answer = ids[n:, None].to(like.device)
-        yield logits.float().log_softmax(-1).gather(1, answer).sum().item()
+        log_p = logits.float().log_softmax(-1).gather(1, answer).sum().item()
+        yield Likelihood(log_p, torch.equal(logits.argmax(-1, keepdim=True), answer))
         before = ids[:-1]
 
 
@@ -153,7 +162,7 @@ def accuracy(
     found = log_probability(model, pairs(), seq_len)
     bar = tqdm(range(len(questions)), unit="question", leave=False)
     for i in bar:
-        values = [next(found) for _ in LETTERS]
+        values = [next(found).log_p for _ in LETTERS]
         subject, letter, n, is_cut = asked[i]
         right = LETTERS[values.index(max(values))] == letter
         scores[subject] = Score(*map(sum, zip(scores[subject], (right, 1, n < n_shots, is_cut))))
@@ -176,21 +185,14 @@ def table(scores: dict[str, Score], n_shots: int = 0) -> str:
     return "\n".join(lines)
 
 
-def answer_questions(
-    checkpoint: Checkpoint, tokenizer: Tokenizer, folder: Path, n_shots: int, seq_len: int, limit: int | None,
-    device: torch.device,
-) -> str:  # fmt: skip
-    """Load the model, ask it and return the table of `table`. Arguments and errors as in `accuracy`."""
-    subjects(folder)  # are there any? Before the model is loaded
+def load_model(checkpoint: Checkpoint, device: torch.device) -> Llama:
+    """The model that answers: bfloat16 on a GPU; float32 on a CPU, dequantized once and not for every question."""
     on_gpu = device.type == "cuda"
     model = checkpoint.model(torch.bfloat16 if on_gpu else torch.float32, device)
-
-    # on a CPU, dequantize once and not again for every question
     for name, packed in list(model.named_modules()) if not on_gpu else ():
         if isinstance(packed, BCQLinear):
             linear = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
             linear.weight = nn.Parameter(packed.dequantize(), requires_grad=False)
             linear.bias = packed.bias
             model.set_submodule(name, linear)
-
-    return table(accuracy(checkpoint, model, tokenizer, folder, n_shots, seq_len, limit), n_shots)
+    return model

@@ -1,8 +1,11 @@
 """A small random Llama in a Hugging Face folder, written by `transformers`, and texts to go with it."""
 
+import os
 import shutil
 import signal
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported; test_hub.py has a server of its own
 
 import pytest
 import torch

@@ -1,21 +1,32 @@
-"""Running a command line inside this process, and perplexity from scratch with `transformers`."""
+"""Running a command line inside this process, perplexity from scratch with `transformers`, folders changed and read."""
 
 import io
 import json
 import math
 import sys
 from contextlib import redirect_stderr, redirect_stdout
-from types import SimpleNamespace
+from typing import NamedTuple
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from support.resume import REPORT
 
+FEW_STEPS = ["--samples", "8", "--epochs", "2", "--batch-size", "2", "--group-size", "32"]  # of calibrate.py
 
-def call(main, *arguments) -> SimpleNamespace:
+
+class Result(NamedTuple):
+    """How a program ended, and what it wrote to stdout and stderr."""
+
+    code: int
+    out: str
+    err: str
+
+
+def call(main, *arguments) -> Result:
     """Run `main` with these command line arguments; an exception other than SystemExit is a traceback and passes on."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with mock.patch.object(sys, "argv", ["prog", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
@@ -23,7 +34,7 @@ def call(main, *arguments) -> SimpleNamespace:
             main()
         except SystemExit as stop:
             code = stop.code
-    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+    return Result(code, out.getvalue(), err.getvalue())
 
 
 def perplexity_by_transformers(folder, windows) -> float:
@@ -32,6 +43,21 @@ def perplexity_by_transformers(folder, windows) -> float:
     with torch.inference_mode():
         losses = [F.cross_entropy(model(w[None]).logits[0, :-1], w[1:]).item() for w in windows]
     return math.exp(sum(losses) / len(losses))
+
+
+def edit_config(folder, **changes):
+    """Change fields of a folder's config.json; returns the folder."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def edit_tensors(folder, change):
+    """Call `change` with the tensors of a folder's only weight file, by name, and write them back."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
 
 
 def snapshot(folder):
@@ -43,3 +69,13 @@ def blocks_finished(out):
     """Of an interrupted or running calibration to the folder `out`."""
     report = out.with_name(out.name + ".partial") / REPORT
     return len(json.loads(report.read_text())["blocks"]) if report.exists() else 0
+
+
+def contents(folder):
+    """{name: bytes} of the files of a finished calibration, and its report without times and memory."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    report = json.loads(files.pop(REPORT))
+    del report["seconds"], report["cpu_seconds"], report["peak_bytes"]
+    for block in report["blocks"]:
+        del block["seconds"], block["initializing"], block["training"]
+    return files | report

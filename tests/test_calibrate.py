@@ -1,15 +1,12 @@
-"""Calibration end to end: the files, their perplexity, determinism, bad input."""
+"""Calibration end to end: the files, their perplexity, determinism, what each option changes."""
 
 import json
-import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import call, perplexity_by_transformers
-from safetensors.torch import load_file, save_file
+from helpers import FEW_STEPS, call, perplexity_by_transformers
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calibrate import main
@@ -18,10 +15,8 @@ from flexbcq import METHODS, FlexBCQLinear
 from kernel import BCQLinear
 from llama import linears, rope_tables
 from support.checkpoint import Checkpoint
-from support.data import cut, load_texts, load_tokenizer, read_text, tokenize
-from support.settings import TINY, Settings
-
-FEW_STEPS = ["--samples", "8", "--epochs", "2", "--batch-size", "2", "--group-size", "32"]
+from support.data import cut, load_texts, load_tokenizer, read_text, standard_library_text, tokenize
+from support.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -140,24 +135,37 @@ def test_initialization_weighs_columns_by_the_inputs_they_meet(option, toy, text
         torch.testing.assert_close(written.get_submodule(name).dequantize(), expected, rtol=2e-3, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def written(toy, text, tmp_path_factory):
+    """A function from options to what a calibration with them puts on record, and the bytes of its second block; at a
+    rate that moves many codes in the few steps there are, from a quick initialization."""
+
+    def calibrate(*options):
+        out = tmp_path_factory.mktemp("written") / "out"
+        quick = ["--mapping-rate", 0.3, "--n-ratios", 2, "--n-rounds", 2, "--no-baselines", "--eval-windows", 1]
+        result = call(main, "--model", toy, "--out", out, "--text", text, "--bits", 4, *FEW_STEPS, *quick, *options)
+        assert result.code == 0, result.err
+        config = json.loads((out / "config.json").read_text())
+        return config["quantization_config"], (out / "model-00002-of-00003.safetensors").read_bytes()
+
+    return calibrate
+
+
+@pytest.fixture(scope="module")
+def plain(written):
+    return written()
+
+
 @pytest.mark.parametrize(
     "switch",
     ["--mapping-rate 0.01", "--level-rate 0.01", "--period 1", "--no-local", "--tau 0.5", "--no-learn-shift"]
-    + ["--original-input 0", "--n-ratios 2", "--n-rounds 3", "--no-importance"],
+    + ["--original-input 0", "--n-ratios 5", "--n-rounds 5", "--no-importance"],
 )
-def test_every_switch_changes_what_is_written_and_is_on_record(switch, toy, text, tmp_path):
-    """At a rate that moves many codes in the few steps there are."""
-    written = []
-    for name, option in ("plain", []), ("switched", switch.split()):
-        rate = [] if "mapping" in switch else ["--mapping-rate", 0.3]
-        options = ["--text", text, "--bits", 4, *FEW_STEPS, "--no-baselines", *rate, *option]
-        assert call(main, "--model", toy, "--out", tmp_path / name, *options).code == 0
-        settings = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
-        block_1 = tmp_path / name / "model-00002-of-00003.safetensors"
-        written.append((settings, block_1.read_bytes()))
-    key = switch.split()[0].removeprefix("--no-").removeprefix("--").replace("-", "_")
-    assert written[0][0][key] != written[1][0][key]
-    assert written[0][1] != written[1][1]
+def test_every_switch_changes_what_is_written_and_is_on_record(switch, plain, written):
+    name = switch.split()[0].removeprefix("--no-").removeprefix("--").replace("-", "_")
+    on_record, block_1 = written(*switch.split())
+    assert on_record[name] != plain[0][name] and on_record | {name: plain[0][name]} == plain[0]
+    assert block_1 != plain[1]
 
 
 def test_evaluation_has_a_window_and_a_length_of_its_own(toy, text, tmp_path):
@@ -194,8 +202,12 @@ def test_evaluation_text_is_never_calibrated_on(toy, tmp_path):
 
 
 def test_bundled_model_is_hurt_by_rtn_and_helped_by_flexbcq(tmp_path):
-    """The README's main command with few steps, at 2 bits."""
-    result = call(main, "--out", tmp_path / "out", "--bits", 2, "--samples", 16, "--epochs", 4)
+    """On files of the standard library that it was not trained on, at 2 bits, with few steps."""
+    text = tmp_path / "library.py"
+    text.write_text(standard_library_text(held_out=True), "utf-8")
+    few = ["--samples", 16, "--seq-len", 64, "--epochs", 2, "--n-ratios", 2]
+    evaluation = ["--text", text, "--eval-seq-len", 512, "--eval-windows", 6]
+    result = call(main, "--out", tmp_path / "out", "--bits", 2, *few, *evaluation)
     assert result.code == 0, result.err
     found = json.loads((tmp_path / "out" / "calibration.json").read_text())["perplexity"]
     assert found["original"] < 20
@@ -204,135 +216,3 @@ def test_bundled_model_is_hurt_by_rtn_and_helped_by_flexbcq(tmp_path):
     for word in ("original", "rtn, 2 bits", "flexbcq, 2 bits", "bits per weight", "seconds"):
         assert word in result.out
     assert "block 6/6" in result.err and "->" in result.err and "min left" in result.err
-
-
-# ------------------------------------------------------------------------------------------------------ bad input
-
-
-def test_output_folder_in_use_is_refused_and_left_alone(toy, text, tmp_path):
-    (tmp_path / "precious").write_text("data")
-    result = call(main, "--model", toy, "--text", text, "--out", tmp_path, *FEW_STEPS)
-    assert result.code == 2 and "exists and is not empty" in result.err
-    assert [p.name for p in tmp_path.iterdir()] == ["precious"]
-
-
-def test_quantized_model_is_refused(packed, text, tmp_path):
-    result = call(main, "--model", packed["rtn"], "--text", text, "--out", tmp_path / "out")
-    assert result.code == 2 and "is quantized already" in result.err
-
-
-def test_full_disk_before_the_first_block_gets_one_line_and_leaves_nothing(toy, text, tmp_path):
-    """No file may grow beyond 10 kB: writing the first shard fails as on a full disk."""
-    limit = "import resource, calibrate; resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)); calibrate.main()"
-    options = ["--model", toy, "--text", text, "--out", tmp_path / "out", *FEW_STEPS]
-    result = subprocess.run([sys.executable, "-c", limit, *map(str, options)], capture_output=True, text=True)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "could not write model-00001-of-00003.safetensors" in result.stderr.strip().splitlines()[-1]
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_loss_that_is_not_finite_names_the_block(toy, text, tmp_path):
-    model = shutil.copytree(toy, tmp_path / "model")
-    tensors = load_file(model / "model.safetensors")
-    tensors["model.layers.0.post_attention_layernorm.weight"].fill_(1e18)  # its square is beyond float32
-    save_file(tensors, model / "model.safetensors")
-    result = call(main, "--model", model, "--text", text, "--out", tmp_path / "out", *FEW_STEPS)
-    assert result.code == 2 and "model.layers.0: the loss is" in result.err
-
-
-def test_interrupt_before_the_first_block_gets_one_line_and_leaves_nothing(toy, text, tmp_path):
-    options = ["--model", toy, "--text", text, "--out", tmp_path / "out", "--samples", 64, "--epochs", 1000]
-    command = [sys.executable, "calibrate.py", *map(str, options)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stderr:
-            if "loss" in line:  # training has begun
-                break
-        process.send_signal(2)
-        rest = process.stderr.read()
-    assert process.returncode == 130 and "Traceback" not in rest
-    assert rest.strip().splitlines()[-1] == "error: interrupted"
-    assert list(tmp_path.iterdir()) == []
-
-
-# ------------------------------------------------------------------------------------------- the plan, and memory
-
-
-def test_dry_run_prints_the_plan_and_writes_nothing(toy, text, tmp_path):
-    options = ["--model", toy, "--text", text, "--out", tmp_path / "out", *FEW_STEPS]
-    result = call(main, *options, "--dry-run")
-    assert result.code == 0 and list(tmp_path.iterdir()) == []
-    for line in ("out: 0.001 GB of", "activations in memory: 0.000 GB of", "perplexity of the original on 4 windows: "):
-        assert line in result.out
-    assert result.out.splitlines()[-1].startswith("2 blocks of 8 steps, 0.0")
-    peak = float(re.search(r"cpu: ([0-9.]+) GB of .* at the peak", result.out)[1])
-    assert 0.1 < peak < 10  # PyTorch and what the tests before have left
-
-
-def test_wrong_rope_shows_in_the_plan(tmp_path):
-    """The bundled model with positions that turn a thousand times as slowly."""
-    found = []
-    for model in (TINY, shutil.copytree(TINY, tmp_path / "model")):
-        if model != TINY:
-            config = json.loads((model / "config.json").read_text())
-            (model / "config.json").write_text(json.dumps(config | {"rope_theta": 1e12}))
-        result = call(
-            main, "--model", model, "--text", TINY / "train.py", "--seq-len", 128, "--method", "rtn", "--dry-run"
-        )
-        found.append(float(result.out.split("perplexity of the original on")[1].split()[2]))
-    assert found[1] > 1.5 * found[0]
-
-
-def test_offloaded_activations_give_the_same_bytes_and_leave_no_file(packed, toy, text, tmp_path):
-    (tmp_path / "disk").mkdir()
-    options = ["--offload", tmp_path / "disk", "--bits", 2, *FEW_STEPS]
-    assert call(main, "--model", toy, "--out", tmp_path / "out", "--text", text, *options).code == 0
-    for shard in packed["flexbcq"].glob("*.safetensors"):
-        assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
-    assert list((tmp_path / "disk").iterdir()) == []
-
-
-def peak_megabytes(*options):
-    """The largest resident memory of a calibration in a process of its own, mapped files included."""
-    program = "import calibrate; calibrate.main(); print(open('/proc/self/status').read())"
-    command = [sys.executable, "-c", program, *map(str, options)]
-    status = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
-
-
-@pytest.mark.slow
-def test_peak_memory_does_not_grow_with_depth(text, tmp_path):
-    """4, 16 and 64 random blocks of the bundled model's width."""
-    config = json.loads((TINY / "config.json").read_text())
-    peaks = {}
-    for n_blocks in (4, 16, 64):
-        model, out = shutil.copytree(TINY, tmp_path / f"model{n_blocks}"), tmp_path / f"out{n_blocks}"
-        (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": n_blocks}))
-        tensors = {}
-        for name, t in load_file(TINY / "model.safetensors").items():
-            if "layers" not in name:
-                tensors[name] = t
-            elif "layers.0" in name:
-                noise = (torch.randn(t.shape).mul(0.02).to(t.dtype) for _ in range(n_blocks))
-                tensors |= {name.replace("layers.0", f"layers.{i}"): x for i, x in enumerate(noise)}
-        save_file(tensors, model / "model.safetensors")
-        options = ["--samples", 2, "--epochs", 1, "--seq-len", 128, "--method", "flexround"]
-        peaks[n_blocks] = peak_megabytes("--model", model, "--text", text, "--out", out, *options)
-        print(
-            f"{n_blocks} blocks, {(model / 'model.safetensors').stat().st_size / 1e6:.0f} MB: {peaks[n_blocks]:.0f} MB"
-        )
-    assert peaks[64] < 1.05 * peaks[4]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["bcq", "flexbcq"])
-def test_one_and_two_threads_give_the_same_bytes(method, text, tmp_path):
-    before = torch.get_num_threads()
-    try:
-        for n in (1, 2):
-            torch.set_num_threads(n)
-            options = ["--text", text, "--out", tmp_path / str(n), "--samples", 2, "--method", method]
-            assert call(main, *options).code == 0
-    finally:
-        torch.set_num_threads(before)
-    for shard in (tmp_path / "1").glob("*.safetensors"):
-        assert (tmp_path / "2" / shard.name).read_bytes() == shard.read_bytes()

@@ -28,7 +28,7 @@ def random_groups(n_groups=20, size=96, dtype=torch.float32):
     return torch.randn(n_groups, size, dtype=dtype)
 
 
-def random_layer(method, n_bits, group_size, out=6, width=192, seed=0):
+def layer_in_training(method, n_bits, group_size, out=6, width=192, seed=0):
     """A layer with every parameter moved away from its start and the codes mapped again, as after some training."""
     torch.manual_seed(seed)
     layer = FlexBCQLinear(torch.randn(out, width) * 0.02, n_bits, group_size, *METHODS[method], n_ratios=3, n_rounds=3)
@@ -50,7 +50,7 @@ def dequantize(codes, alpha, shift):
     "method, n_bits, group_size", list(itertools.product(METHODS, range(1, 9), (32, 64, 96, 192, -1)))
 )
 def test_uq_after_bcq_is_one_bcq(method, n_bits, group_size):
-    layer = random_layer(method, n_bits, group_size)
+    layer = layer_in_training(method, n_bits, group_size)
     v = layer.v()
     codes = nearest(v, layer.alpha, layer.shift)
     q = levels(layer.alpha, layer.shift).gather(1, codes.long())
@@ -285,7 +285,7 @@ def test_filtering_of_uniform_levels_is_the_clipping_of_their_range():
 
 
 def test_forward_leaves_the_codes_alone_and_remap_renews_them():
-    layer = random_layer("flexbcq", 3, 64)
+    layer = layer_in_training("flexbcq", 3, 64)
     codes = layer.codes.clone()
     with torch.no_grad():
         layer.log_s_elem.add_(torch.randn_like(layer.log_s_elem))
@@ -300,15 +300,15 @@ def test_forward_leaves_the_codes_alone_and_remap_renews_them():
     [("rtn", set()), ("bcq", {"alpha", "shift"}), ("flexround", {"log_scale", "log_s_elem", "log_s_row"})],
 )
 def test_switches_decide_what_is_learned(method, names):
-    layer = random_layer(method, 3, 64)
+    layer = layer_in_training(method, 3, 64)
     assert {name for name, p in layer.named_parameters() if p.requires_grad} == names
-    assert {name for name, p in random_layer("flexbcq", 3, 64).named_parameters() if p.requires_grad} >= names
+    assert {name for name, p in layer_in_training("flexbcq", 3, 64).named_parameters() if p.requires_grad} >= names
 
 
 @pytest.mark.parametrize("fused", (True, False))
 def test_optimizers_change_parameters_and_nothing_else(fused):
     """A fused optimizer writes through the memory of its parameters: they must not be strided or share it."""
-    layer = random_layer("flexbcq", 3, 64)
+    layer = layer_in_training("flexbcq", 3, 64)
     parameters, buffers = dict(layer.named_parameters()), {name: b.clone() for name, b in layer.named_buffers()}
     before = {name: p.detach().clone() for name, p in parameters.items()}
     for p in parameters.values():

@@ -1,14 +1,15 @@
-"""The Llama against `transformers`, and the reading of checkpoint folders."""
+"""The Llama, read from checkpoint folders, against `transformers`."""
 
 import json
 import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from helpers import edit_config, edit_tensors
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-from llama import KVCache, rope_frequencies
+from llama import KVCache
 from support.checkpoint import Checkpoint
 
 SHAPE = {
@@ -119,94 +120,8 @@ def test_context_of_mistral_ends_with_its_sliding_window(tmp_path):
     assert Checkpoint(tmp_path).config.max_position_embeddings == 128
 
 
-# ------------------------------------------------------------------------------------------------------ bad input
-
-
-@pytest.fixture
-def folder(toy, tmp_path):
-    return shutil.copytree(toy, tmp_path / "copy")
-
-
-def edit_config(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_tensors(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"model_type": "qwen2"}, "model_type 'qwen2' is not supported"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method 'gptq'"),
-        ({"hidden_size": 128}, r"has shape \(2048, 64\), config.json says \(2048, 128\)"),
-        ({"vocab_size": None}, "vocab_size"),
-    ],
-)
-def test_configs_that_are_not_ours_are_refused_by_name(changes, message, folder):
-    edit_config(folder, **changes)
-    with pytest.raises(ValueError, match=message):
-        Checkpoint(folder).model()
-
-
-def test_unknown_rope_is_refused(folder):
-    edit_config(folder, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4})
-    with pytest.raises(ValueError, match="rope_type 'yarn'"):
-        rope_frequencies(Checkpoint(folder).config)
-
-
-def test_missing_folder_says_how_to_download():
-    with pytest.raises(OSError, match="hf download meta-llama/Llama-3.2-1B --local-dir"):
-        Checkpoint("meta-llama/Llama-3.2-1B")
-
-
-def test_folder_without_config_is_refused(tmp_path):
-    with pytest.raises(OSError, match="no config.json"):
-        Checkpoint(tmp_path)
-
-
-def test_truncated_file_is_named(folder):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(OSError, match="model.safetensors: missing or damaged"):
-        Checkpoint(folder)
-
-
-def test_missing_shard_is_named(tmp_path):
-    oracle(KINDS["llama-3"], tmp_path, max_shard_size="100KB")
-    sorted(tmp_path.glob("*.safetensors"))[1].unlink()
-    with pytest.raises(OSError, match="model-00002-of-.*: missing or damaged"):
-        Checkpoint(tmp_path)
-
-
-def test_missing_misshapen_and_infinite_tensors_are_named(folder):
-    name = "model.layers.1.mlp.up_proj.weight"
-    edit_tensors(folder, lambda t: t.update({name: t[name].clone().fill_(torch.nan)}))
-    with pytest.raises(ValueError, match=f"{name} contains NaN"):
-        Checkpoint(folder).block(1)
-    edit_tensors(folder, lambda t: t.update({name: torch.zeros(3, 3)}))
-    with pytest.raises(ValueError, match=rf"{name} has shape \(3, 3\), config.json says \(160, 64\)"):
-        Checkpoint(folder).block(1)
-    edit_tensors(folder, lambda t: t.pop(name))
-    with pytest.raises(ValueError, match=f"tensor {name} is in none of the files"):
-        Checkpoint(folder).block(1)
-
-
-def test_tensors_of_another_model_are_named(folder):
-    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}  # computed anew
-    edit_tensors(folder, lambda t: t.update(old))
-    Checkpoint(folder)
-    bias = "model.layers.0.self_attn.q_proj.bias"
-    edit_tensors(folder, lambda t: t.update({bias: torch.ones(64)}))
-    with pytest.raises(ValueError, match=f"tensor {bias} has no place in the model"):
-        Checkpoint(folder)
-    edit_tensors(folder, lambda t: t.pop(bias))
-    edit_config(folder, num_hidden_layers=1)
-    with pytest.raises(ValueError, match="tensor model.layers.1.input_layernorm.weight has no place"):
-        Checkpoint(folder)
+def test_frequencies_that_old_files_hold_are_computed_anew(toy, tmp_path):
+    model = shutil.copytree(toy, tmp_path / "model")
+    edit_tensors(model, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    ids = torch.arange(20)[None]
+    assert torch.equal(Checkpoint(model).model()(ids), Checkpoint(toy).model()(ids))

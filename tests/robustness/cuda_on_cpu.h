@@ -1,6 +1,6 @@
 // As much of CUDA as kernel.cu uses, for g++: its very source then runs on a CPU, in a test or step by step in gdb.
 //
-//     g++ -std=c++17 -g -fno-strict-aliasing -x c++ -include tests/cuda_on_cpu.h kernel.cu ...
+//     g++ -std=c++17 -g -fno-strict-aliasing -x c++ -include tests/robustness/cuda_on_cpu.h kernel.cu ...
 //
 // Each thread of a block is a fiber: a stack of its own, switched to and from by hand. Blocks run one after another.
 // Between two barriers the warps, and the lanes of a warp, run in an order drawn anew every time, and each as far as it

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import call, snapshot
+from helpers import FEW_STEPS, call, edit_config, edit_tensors, snapshot
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -42,17 +42,13 @@ def packed(toy, text, tmp_path_factory):
 
 
 def config(**changes):
-    def spoil(folder):
-        path = folder / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return spoil
+    return lambda folder: edit_config(folder, **changes)
 
 
 def quantization(**changes):
     def spoil(folder):
         old = json.loads((folder / "config.json").read_text())["quantization_config"] | changes
-        config(quantization_config={key: value for key, value in old.items() if value is not None})(folder)
+        edit_config(folder, quantization_config={key: value for key, value in old.items() if value is not None})
 
     return spoil
 
@@ -70,12 +66,7 @@ def truncate(name, size):
 
 
 def tensors(change):
-    def spoil(folder):
-        stored = load_file(folder / WEIGHTS)
-        change(stored)
-        save_file(stored, folder / WEIGHTS)
-
-    return spoil
+    return lambda folder: edit_tensors(folder, change)
 
 
 def put(name, value):
@@ -114,10 +105,9 @@ def shards(weight_map, duplicate=False):
 
 def vocabulary(folder):
     """A model for half of the tokens."""
-    config(vocab_size=100)(folder)
-    tensors(lambda t: t.update({n: t[n][:100].clone() for n in ("model.embed_tokens.weight", "lm_head.weight")}))(
-        folder
-    )
+    edit_config(folder, vocab_size=100)
+    names = "model.embed_tokens.weight", "lm_head.weight"
+    edit_tensors(folder, lambda stored: stored.update({name: stored[name][:100].clone() for name in names}))
 
 
 BOTH = {"1": "a.safetensors", "2": "b.safetensors"}
@@ -127,11 +117,11 @@ OPTIONS = {  # of calibrate.py
     "option without a number": (["--bits", "x"], "invalid int value"),
     "option that does not exist": (["--bit-width", "3"], "unrecognized arguments"),
     "unknown method": (["--method", "magic"], "invalid choice: 'magic'"),
-    "no such model": (["--model", "meta-llama/Nope"], "hf download meta-llama/Nope"),
-    "model is a file": (["--model", __file__], "no such folder"),
+    "no such model": (["--model", "meta-llama/Nope"], "meta-llama/Nope: cannot be reached and is not in the cache"),
+    "model is a file": (["--model", __file__], "is a file; give the Hugging Face folder"),
     "model is nothing": (["--model", ""], "no config.json in this folder"),
-    "9 bits": (["--bits", "9"], "9 bits: choose 1 to 8"),
-    "0 bits": (["--bits", "0"], "0 bits: choose 1 to 8"),
+    "9 bits": (["--bits", "9"], "--bits 9: choose 1 to 8"),
+    "0 bits": (["--bits", "0"], "--bits 0: choose 1 to 8"),
     "group size": (
         ["--group-size", "48"],
         "model.layers.0.self_attn.q_proj: in_features 64 cannot be cut into groups of 48 (try 32, 64",
@@ -162,6 +152,7 @@ OPTIONS = {  # of calibrate.py
     "endless seed": (["--seed", "9" * 30], "choose 0 to 4294967295"),
     "device": (["--device", "abacus"], "--device abacus: not usable"),
     "device without data": (["--device", "meta"], "--device meta: not usable"),
+    "device of another system": (["--device", "mps"], "--device mps: not usable"),
     "no text": (["--text", "nowhere.txt"], "nowhere.txt: cannot read"),
     "text is a folder": (["--text", "/"], "/: cannot read"),
     "no evaluation text": (["--eval-text", "nowhere.txt"], "nowhere.txt: cannot read"),
@@ -173,6 +164,8 @@ OPTIONS = {  # of calibrate.py
 }
 KERNEL_OPTIONS = {
     "device": (["--device", "abacus"], "--device abacus: not usable"),
+    "shape with one side": (["--shapes", "64"], "argument --shapes: invalid rows_x_columns value: '64'"),
+    "width that does not fit": (["--shapes", "64x100"], "in_features 100 cannot be cut into groups of 128"),
     "shape of nothing": (["--shapes", "0x128"], "argument --shapes: invalid rows_x_columns value: '0x128'"),
     "no tokens": (["--batch", "0"], "argument --batch: invalid positive value: '0'"),
     "no rounds": (["--rounds", "0"], "argument --rounds: invalid positive value: '0'"),
@@ -186,7 +179,9 @@ MODEL = {  # what is done to the folder of an original model
     "binary config": (write("config.json", b"\xff\xfe\x00\x80"), "config.json: not JSON"),
     "config nested beyond reason": (write("config.json", b"[" * 100_000), "config.json: not JSON"),
     "config is a list": (write("config.json", b"[]"), "config.json: not a JSON object"),
-    "other architecture": (config(model_type="qwen2"), "model_type 'qwen2' is not supported"),
+    "other architecture": (config(model_type="gemma2"), "model_type 'gemma2' is not supported"),
+    "biases that are not there": (config(attention_bias=True), "self_attn.q_proj.bias is in none of the files"),
+    "other activation": (config(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
     "size is missing": (config(hidden_size=None), "config.json: hidden_size is None: must be a whole number"),
     "size is a string": (config(hidden_size="64"), "hidden_size is '64': must be a whole number"),
     "size is a list": (config(vocab_size=[2048]), "vocab_size is [2048]: must be a whole number"),
@@ -195,13 +190,18 @@ MODEL = {  # what is done to the folder of an original model
     "size is not a number": (config(rms_norm_eps=float("nan")), "rms_norm_eps is nan: must be a number above 0"),
     "truth value is a string": (config(tie_word_embeddings="no"), "tie_word_embeddings is 'no': must be true or false"),
     "size beyond memory": (config(hidden_size=2**30), "has shape (2048, 64), config.json says (2048, 1073741824)"),
+    "fewer blocks": (config(num_hidden_layers=1), "tensor model.layers.1.input_layernorm.weight has no place"),
     "a billion blocks": (config(num_hidden_layers=10**9), "tensor model.layers.2.input_layernorm.weight is in none"),
     "heads that do not divide": (config(num_key_value_heads=3), "4 attention heads of size 16 do not go with 3"),
     "odd head size": (config(head_dim=15), "4 attention heads of size 15 do not go"),
-    "window is negative": (config(sliding_window=-1), "sliding_window is -1: must be a whole number"),
+    "window is negative": (
+        config(model_type="mistral", sliding_window=-1),
+        "sliding_window is -1: must be a whole number",
+    ),
     "rope is a string": (config(rope_scaling="linear"), "rope_scaling is 'linear': must be a JSON object"),
     "unknown rope": (config(rope_scaling={"rope_type": "yarn"}), "rope_type 'yarn' is not supported"),
-    "incomplete rope": (config(rope_scaling=LLAMA3), "original_max_position_embeddings is None: must be a number"),
+    "unknown rope, newer file": (config(rope_parameters={"rope_type": "yarn"}), "rope_type 'yarn' is not supported"),
+    "incomplete rope": (config(rope_scaling={"rope_type": "llama3"}), "factor is None: must be a number above 0"),
     "rope frequency of zero": (config(rope_scaling={"rope_theta": 0}), "rope_theta is 0: must be a number above 0"),
     "rope range upside down": (
         config(rope_scaling=LLAMA3 | {"original_max_position_embeddings": 64, "low_freq_factor": 5}),
@@ -210,7 +210,7 @@ MODEL = {  # what is done to the folder of an original model
     "no tokenizer": (remove("tokenizer.json"), "tokenizer.json: missing or damaged"),
     "truncated tokenizer": (truncate("tokenizer.json", 5000), "tokenizer.json: missing or damaged"),
     "tokenizer of another model": (vocabulary, "they belong to different models"),
-    "no weights": (remove(WEIGHTS), "no model.safetensors.index.json"),
+    "no weights": (remove(WEIGHTS), "no model.safetensors in this folder"),
     "empty weights": (write(WEIGHTS, b""), "model.safetensors: missing or damaged"),
     "weights truncated in the length": (truncate(WEIGHTS, 5), "model.safetensors: missing or damaged"),
     "weights truncated in the header": (truncate(WEIGHTS, 1000), "model.safetensors: missing or damaged"),
@@ -231,6 +231,7 @@ MODEL = {  # what is done to the folder of an original model
         f"{UP}.weight is I8, supported is F32 or",
     ),
     "weight is missing": (tensors(lambda t: t.pop(f"{UP}.weight")), f"tensor {UP}.weight is in none of the files"),
+    "weight of another model": (put(f"{UP}.bias", torch.zeros(160)), f"tensor {UP}.bias has no place in the model"),
     "index is not JSON": (lambda f: (remove(WEIGHTS)(f), write(INDEX, b"{")(f)), "index.json: not JSON"),
     "index without a map": (shards(None), "index.json: no weight_map"),
     "index with a list": (shards(["a.safetensors"]), "index.json: no weight_map"),
@@ -275,7 +276,8 @@ EVAL_OPTIONS = {
     "long window": (["--seq-len", "65"], "--seq-len 65: choose 2 to 64"),
     "short window": (["--seq-len", "1"], "--seq-len 1: choose 2 to 64"),
     "device": (["--device", "tpu9"], "--device tpu9: not usable here"),
-    "empty prompt": (["--prompt", ""], "do not fit: 1 to 64 in all"),
+    "device of another system": (["--device", "mps"], "--device mps: not usable here"),
+    "empty prompt": (["--prompt", ""], "--prompt: is empty"),
     "long prompt": (["--prompt", "x", "--tokens", "64"], "do not fit"),
     "no tokens": (["--prompt", "x", "--tokens", "0"], "--tokens 0: must be at least 1"),
     "negative tokens": (["--prompt", "x", "--tokens", "-5"], "--tokens -5: must be at least 1"),
@@ -347,6 +349,26 @@ def test_bad_option_of_the_kernel_benchmark(case, tmp_path):
     assert_refused(call(kernels.main, "--out", tmp_path / "out", *options), message, tmp_path, {})
 
 
+def test_an_output_folder_in_use_is_left_alone(toy, text, tmp_path):
+    (tmp_path / "precious").write_text("data")
+    result = call(calibrate.main, "--model", toy, "--text", text, "--out", tmp_path, *QUICK)
+    assert_refused(result, "exists and is not empty", tmp_path, {"precious": b"data"})
+
+
+def test_a_quantized_model_is_not_quantized_again(packed, text, tmp_path):
+    result = call(calibrate.main, "--model", packed, "--text", text, "--out", tmp_path / "out", *QUICK)
+    assert_refused(result, "is quantized already", tmp_path, {})
+
+
+@pytest.mark.parametrize("i", [0, 1], ids=["in rehearsal", "in the run"])
+def test_a_loss_that_is_not_finite_names_the_block(i, toy, text, tmp_path):
+    model = shutil.copytree(toy, tmp_path / "model")
+    put(f"model.layers.{i}.post_attention_layernorm.weight", 1e18)(model)  # its square is beyond float32
+    result = call(calibrate.main, "--model", model, "--text", text, "--out", tmp_path / "out", *FEW_STEPS)
+    assert result.code == 2 and f"error: model.layers.{i}: the loss is" in result.err, result.err
+    assert (tmp_path / "out.partial").exists() == bool(i)  # what is finished is kept
+
+
 @pytest.mark.parametrize("kind", ["link", "mount"])
 def test_an_output_that_cannot_be_renamed_over_is_refused_at_once(kind, toy, text, tmp_path, monkeypatch):
     out = tmp_path / "out"
@@ -369,7 +391,7 @@ def test_a_link_to_nowhere_in_the_model_folder_is_not_copied(toy, text, tmp_path
 def test_prompt_with_tokens_the_model_does_not_know(toy, tmp_path):
     model = shutil.copytree(toy, tmp_path / "model")
     vocabulary(model)
-    result = call(eval.main, "--model", model, "--prompt", "def f(x):")
+    result = call(eval.main, "--model", model, "--prompt", "def f(x):", "--tokens", 5)
     assert_refused(result, "they belong to different models", tmp_path, snapshot(tmp_path))
 
 

@@ -1,4 +1,5 @@
-"""Several processes under torchrun do what one does. (With gloo on the CPU; NCCL is the same code on GPUs.)"""
+"""Several processes under torchrun do what one does, and so do several threads. (With gloo on the CPU; NCCL is the same
+code on GPUs.)"""
 
 import json
 import os
@@ -8,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 from helpers import blocks_finished, call
 
 from calibrate import main
@@ -43,7 +45,7 @@ def test_two_processes_give_the_losses_of_one(toy, text, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--bits", "9"], "9 bits: choose 1 to 8"),
+        (["--bits", "9"], "--bits 9: choose 1 to 8"),
         (
             ["--batch-size", "1"],
             "--batch-size 1: must divide --samples 8, and the number of processes (2) must divide it",
@@ -66,3 +68,18 @@ def test_death_of_one_process_ends_all_with_one_line_and_finished_blocks_are_kep
         lines = [line for line in launcher.stderr.read().splitlines() if line.startswith("error: ")]
     assert launcher.returncode and len(lines) <= 1 and os.listdir(tmp_path) == ["out.partial"]
     assert torchrun(*options).returncode == 0 and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("method", ["bcq", "flexbcq"])
+def test_one_and_two_threads_give_the_same_bytes(method, text, tmp_path):
+    """The bundled model, whose layers are large enough to be shared among threads."""
+    before = torch.get_num_threads()
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            options = ["--text", text, "--out", tmp_path / str(n), "--samples", 2, "--method", method]
+            assert call(main, *options).code == 0
+    finally:
+        torch.set_num_threads(before)
+    for shard in (tmp_path / "1").glob("*.safetensors"):
+        assert (tmp_path / "2" / shard.name).read_bytes() == shard.read_bytes()

@@ -14,7 +14,14 @@ from experiments import page, results
 def test_the_page_is_what_the_records_say():
     store = json.loads(page.STORE.read_text("utf-8"))
     assert page.PAGE.read_text("utf-8") == page.markdown(store)
-    assert page.summary(store["runs"]) in page.README.read_text("utf-8")
+
+
+def test_the_six_rows_of_the_readme_are_those_of_the_page_on_the_whole_test_set():
+    rows = [line for line in page.PAGE.read_text("utf-8").splitlines() if ", whole test set |" in line]
+    readme = (page.ROOT / "README.md").read_text("utf-8").splitlines()
+    for row in rows:
+        assert row.replace(", whole test set", "") in readme
+    assert len(rows) == 6
 
 
 @pytest.fixture
@@ -31,39 +38,53 @@ def small(toy, text, tmp_path, monkeypatch):
     monkeypatch.setattr(page, "TUNED", {(3, -1): "--mapping-rate 0.01"})
     monkeypatch.setattr(page, "LONGER", {(3, -1): "--samples 8"})
     monkeypatch.setattr(page, "ablations", lambda: {"mapping": ["--period 1"], "filtering": ["--tau 1e9"]})
-    shutil.copy(page.README, tmp_path)
-    for name in ("STORE", "PLOT", "PAGE", "README"):
+    for name in ("STORE", "PLOT", "PAGE"):
         monkeypatch.setattr(page, name, tmp_path / getattr(page, name).name)
-    return ["--model", toy, "--data", tmp_path]
+    return ["--model", toy, "--data", tmp_path, "--jobs", 2]
 
 
-def test_what_is_missing_is_measured_and_the_rest_is_kept(small, tmp_path):
-    first, *others = wanted = page.wanted()
-    assert len(wanted) == 2 * (3 + 2) + 4 + 2 * 3 + 4 + 2 + 2
-    assert call(results.main, *small, "--runs", 1).code == 2  # too little for a page
-    store = json.loads((tmp_path / "results.json").read_text())
-    assert list(store["runs"]) == [first] and store["runs"][first]["perplexity"].keys() == {
-        "original",
-        "rtn",
-        "flexbcq",
-    }
-    made_up = {"original": 1234.5, "rtn": 12.0, "bcq": 13.0, "flexround": 14.0, "flexbcq": 100.0}
-    missing = [page.options(method, 3, -1) for method in ("rtn", "bcq")]
-    store["runs"] |= {
-        chosen: store["runs"][first] | {"perplexity": made_up} for chosen in wanted if chosen not in missing
-    }
-    store["runs"][others[0]]["perplexity"] = made_up | {"flexbcq": 110.0}
-    (tmp_path / "results.json").write_text(json.dumps(store))
-    assert call(results.main, *small, "--jobs", 2).code == 0
-    text, runs = (tmp_path / "RESULTS.md").read_text(), json.loads((tmp_path / "results.json").read_text())["runs"]
-    assert "All runs were made" in text and "original has 1234.50; rtn has 12.00 and 12.00" in " ".join(text.split())
-    assert "The lowest is flexbcq's in 0 of 2 full lines." in text  # 14 of flexround is below 100
+@pytest.fixture
+def made_up(small):
+    """A store with every run, flexbcq behind flexround; one ablation, with another seed, is worse than the others."""
+    real = json.loads((page.ROOT / "experiments" / "results.json").read_text("utf-8"))
+    record = next(run for run in real["runs"].values() if "moves" in run)
+    record |= {"perplexity": {"original": 1234.5, "rtn": 12.0, "bcq": 13.0, "flexround": 14.0, "flexbcq": 100.0}}
+    runs = {chosen: record for chosen in page.wanted()}
+    worse = page.ablation(2, "--seed 1")
+    runs[worse] = record | {"perplexity": record["perplexity"] | {"flexbcq": 110.0}}
+    return real | {"runs": runs}
+
+
+def test_the_page_compares_the_runs(made_up):
+    assert len(page.wanted()) == 2 * (3 + 2) + 4 + 2 * 3 + 4 + 2 + 2
+    text = " ".join(page.markdown(made_up).split())
+    assert "All runs were made." in text and "original has 1234.50, rtn 12.00 and 12.00." in text
+    assert "flexbcq is lowest in 0 of 2 rows." in text  # 14 of flexround is below 100
     assert "| `--seed 1` | 110.00 (+10.0%) | 100.00 (+0.0%) |" in text
     assert "| 3 bits, a row | `--mapping-rate 0.01` | 14.00 | 100.00 |" in text
-    rtn = runs[missing[0]]["perplexity"]["rtn"]
-    table = next(line for line in text.splitlines() if line.startswith("| 3 bits, a row |"))
-    assert f"| {rtn:,.1f} |" in table and table in (tmp_path / "README.md").read_text()
+
+
+def test_what_is_missing_is_measured_and_the_rest_is_kept(small, made_up, tmp_path):
+    missing = [page.options(method, 3, -1) for method in ("rtn", "bcq")]
+    kept = {chosen: run for chosen, run in made_up["runs"].items() if chosen not in missing}
+    (tmp_path / "results.json").write_text(json.dumps(made_up | {"runs": kept}))
+    result = call(results.main, *small)
+    assert result.code == 0, result.err
+    store = json.loads((tmp_path / "results.json").read_text())
+    measured = {chosen: store["runs"].pop(chosen) for chosen in missing}
+    assert store["runs"] == kept
+    rtn = measured[missing[0]]["perplexity"]["rtn"]
+    assert rtn > 100 and f"| {page.rounded(rtn)} |" in (tmp_path / "RESULTS.md").read_text()
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_too_few_runs_for_a_page_are_kept_and_the_next_is_named(small, tmp_path):
+    result = call(results.main, *small, "--runs", 1)
+    lacking = min(set(page.with_original()) - {page.wanted()[0]})
+    assert result.code == 2 and f"make {lacking} first" in result.err
+    store = json.loads((tmp_path / "results.json").read_text())
+    assert [*store["runs"]] == page.wanted()[:1] and "step" in store
+    assert [*store["runs"][page.wanted()[0]]["perplexity"]] == ["original", "rtn", "flexbcq"]
 
 
 def test_the_narrowest_margin_is_counted_seed_by_seed(monkeypatch):
@@ -74,7 +95,7 @@ def test_the_narrowest_margin_is_counted_seed_by_seed(monkeypatch):
         for method, found in perplexities.items()
         for seed, value in zip(["", *page.SEEDS], found)
     }
-    said = "The narrowest margin is 4.7%: 3 bits, groups of 64, flexbcq before bcq for 2 of 3 seeds."
+    said = "The narrowest margin is 4.7%: 3 bits, groups of 64, flexbcq before bcq with 2 of 3 seeds."
     assert said in " ".join(page.main_table(runs).split())
 
 
@@ -89,7 +110,7 @@ def test_what_runs_beside_one_that_fails_is_kept(small, tmp_path, monkeypatch):
     first, second = page.wanted()[:2]
     failed = threading.Event()
 
-    def measure(chosen, args):
+    def measure(chosen, *_):
         if chosen == first:
             failed.set()
             raise OSError("no luck")
@@ -99,7 +120,7 @@ def test_what_runs_beside_one_that_fails_is_kept(small, tmp_path, monkeypatch):
 
     monkeypatch.setattr(results, "measure", measure)
     (tmp_path / "results.json").write_text('{"runs": {}, "step": {}}')
-    assert call(results.main, *small, "--jobs", 2).err.strip().endswith("error: no luck")
+    assert call(results.main, *small).err.strip().endswith("error: no luck")
     assert second in json.loads((tmp_path / "results.json").read_text())["runs"]
 
 

@@ -1,6 +1,5 @@
 """Killed, interrupted, out of space: the same command goes on, and ends in the same bytes."""
 
-import json
 import os
 import random
 import shutil
@@ -13,27 +12,17 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from helpers import blocks_finished, call, snapshot
+from helpers import FEW_STEPS, blocks_finished, call, contents, snapshot
 
 from calibrate import main
 from support.checkpoint import Checkpoint, whole_file
-from support.resume import REPORT, fingerprints
+from support.resume import LOCK, REPORT, fingerprints
 
 SETTINGS = ["--samples", "8", "--epochs", "4", "--batch-size", "2", "--bits", "2", "--group-size", "32"]
 
 
 def command(model, text, out, *more):
     return ["--model", str(model), "--text", str(text), "--out", str(out), *SETTINGS, *map(str, more)]
-
-
-def contents(folder):
-    """{name: bytes} of all files, without the times in the report."""
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    report = json.loads(files.pop(REPORT))
-    del report["seconds"], report["cpu_seconds"], report["peak_bytes"]
-    for block in report["blocks"]:
-        del block["seconds"], block["initializing"], block["training"]
-    return files | report
 
 
 @contextmanager
@@ -116,20 +105,20 @@ def test_run_killed_while_it_finishes_goes_on_from_any_of_its_states(whole, toy,
 @pytest.mark.parametrize(
     "changed, message",
     [
-        (["--bits", "3"], "was begun with bits 2, now it is 3"),
-        (["--method", "flexround"], "was begun with method flexbcq, now it is flexround"),
-        (["--seed", "1"], "was begun with seed 0, now it is 1"),
-        (["--epochs", "11"], "was begun with epochs 4, now it is 11"),
-        (["--dequantized"], "was begun with dequantized False, now it is True"),
-        (["--text", __file__], "was begun with calibration text "),
-        (["--eval-text", __file__], "was begun with calibration text "),
+        (["--bits", "3"], "was started with bits 2, not 3"),
+        (["--method", "flexround"], "was started with method flexbcq, not flexround"),
+        (["--seed", "1"], "was started with seed 0, not 1"),
+        (["--epochs", "11"], "was started with epochs 4, not 11"),
+        (["--dequantized"], "was started with dequantized False, not True"),
+        (["--text", __file__], "was started with calibration text "),
+        (["--eval-text", __file__], "was started with calibration text "),
     ],
 )
 def test_other_settings_refuse_to_go_on_and_touch_nothing(changed, message, begun, toy, text):
     before = snapshot(begun.parent)
     result = call(main, *command(toy, text, begun, *changed))
     assert result.code == 2 and message in result.err
-    assert "go on with the same options and files, or delete" in result.err.strip().splitlines()[-1]
+    assert "repeat the original options and files, or delete" in result.err.strip().splitlines()[-1]
     assert snapshot(begun.parent) == before
 
 
@@ -146,7 +135,7 @@ def test_changed_source_refuses_to_go_on_and_is_named(begun, toy, text, tmp_path
     data[-1000] ^= 1
     (model / "model.safetensors").write_bytes(data)
     result = call(main, *command(model, text, begun))
-    assert result.code == 2 and "out.partial: was begun with model.safetensors " in result.err
+    assert result.code == 2 and "out.partial: was started with model.safetensors " in result.err
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"settings": 3}', '{"settings": {}}', "no blocks"])
@@ -176,9 +165,9 @@ def test_folder_of_somebody_else_is_left_alone(toy, text, tmp_path):
 
 
 def test_second_process_on_one_output_is_refused(begun, toy, text):
-    partial = begun.parent / "out.partial"
-    code = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_EX); print(flush=True); input()"
-    holder = subprocess.Popen([sys.executable, "-c", code, partial], stdin=-1, stdout=-1)
+    lock = begun.parent / "out.partial" / LOCK
+    code = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code, lock], stdin=-1, stdout=-1)
     try:
         holder.stdout.readline()
         before = snapshot(begun.parent)
@@ -188,6 +177,29 @@ def test_second_process_on_one_output_is_refused(begun, toy, text):
     finally:
         holder.communicate(b"\n")
     assert call(main, *command(toy, text, begun)).code == 0
+
+
+def test_interrupt_before_the_first_block_gets_one_line_and_leaves_nothing(toy, text, tmp_path):
+    arguments = command(toy, text, tmp_path / "out", "--samples", 64, "--epochs", 1000)
+    with subprocess.Popen([sys.executable, "calibrate.py", *arguments], stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if "loss" in line:  # training has begun
+                break
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == 130 and "Traceback" not in rest
+    assert rest.strip().splitlines()[-1] == "error: interrupted"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_before_the_first_block_gets_one_line_and_leaves_nothing(toy, text, tmp_path):
+    """No file may grow beyond 10 kB: writing the first shard fails as on a full disk."""
+    limit = "import resource, calibrate; resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)); calibrate.main()"
+    arguments = command(toy, text, tmp_path / "out", *FEW_STEPS)
+    result = subprocess.run([sys.executable, "-c", limit, *arguments], capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "could not write model-00001-of-00003.safetensors" in result.stderr.strip().splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_file_appears_whole_or_not_at_all(tmp_path):
