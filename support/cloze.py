@@ -78,7 +78,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, first: in
     return ids, max(1, len(ids) - n_continued)
 
 
-def scores(
+def answers(
     checkpoint: Checkpoint, model: Llama, tokenizer: Tokenizer, items: list[dict]
 ) -> Iterator[tuple[bool, bool]]:
     """For each item: right? And right by the log-probability for each character? (Equal where there are no choices.)"""
@@ -103,7 +103,7 @@ def scores(
 def answer_items(checkpoint: Checkpoint, model: Llama, tokenizer: Tokenizer, items: list[dict]) -> str:
     """One line: accuracy with its standard error, and for answers by choice acc_norm."""
     right = right_norm = 0
-    bar = tqdm(scores(checkpoint, model, tokenizer, items), total=len(items), unit="item", leave=False)
+    bar = tqdm(answers(checkpoint, model, tokenizer, items), total=len(items), unit="item", leave=False)
     for n, (is_right, is_right_norm) in enumerate(bar, 1):
         right += is_right
         right_norm += is_right_norm

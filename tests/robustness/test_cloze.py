@@ -1,0 +1,92 @@
+"""Tasks by the probability of a text, against a computation from scratch with transformers."""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from helpers import call
+from transformers import AutoModelForCausalLM
+
+from eval import main
+from support.checkpoint import Checkpoint
+from support.cloze import answers, continuations, read_items
+from support.data import load_tokenizer
+
+WORDS = "list dict tuple for while return yield import class def lambda print open read write self name".split()
+DRAW = random.Random(0)
+
+
+def words(most):
+    return " ".join(DRAW.choices(WORDS, k=DRAW.randint(1, most)))
+
+
+KINDS = {
+    "pairs": lambda: {"sentence_good": words(8), "sentence_bad": words(8)},
+    "last words": lambda: {"context": words(12), "continuation": words(1)},
+    "multiple choice": lambda: {"query": words(9), "choices": [words(4) for _ in range(4)], "gold": DRAW.randrange(4)},
+}
+
+
+@pytest.fixture(scope="module")
+def model(toy, tmp_path_factory):
+    """The toy with a context of 512."""
+    folder = shutil.copytree(toy, tmp_path_factory.mktemp("models") / "long")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_a_hundred_items_are_answered_as_by_transformers(kind, model, tmp_path):
+    """Every continuation scored alone, without a cache."""
+    items = [KINDS[kind]() for _ in range(100)]
+    oracle, tokenizer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), load_tokenizer(model)
+    expected = []
+    for item in items:
+        scores, greedy = [], []
+        for context, continuation in continuations(item):
+            known = tokenizer.encode(context).ids or [1]  # the toy's token for the beginning of a text
+            ids = (known if not context else []) + tokenizer.encode(context + continuation).ids
+            log_p = oracle(torch.tensor([ids])).logits[0].log_softmax(-1)
+            places = range(len(known), len(ids))
+            scores.append(sum(log_p[i - 1, ids[i]].item() for i in places))
+            greedy.append(all(log_p[i - 1].argmax() == ids[i] for i in places))
+        expected.append(greedy[0] if kind == "last words" else scores.index(max(scores)) == item.get("gold", 0))
+
+    checkpoint = Checkpoint(model)
+    assert [right for right, _ in answers(checkpoint, checkpoint.model(), tokenizer, items)] == expected
+
+    path = tmp_path / "items.jsonl"
+    path.write_text("\n".join(map(json.dumps, items)) + "\n\n")
+    assert f"accuracy {sum(expected) / 100:.1%} +- " in call(main, "--model", model, "--task", path).out
+
+
+def test_mmlu_by_the_texts_of_the_answers(model, tmp_path):
+    for part in ("test", "dev"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / f"code_{part}.csv").write_text("what is it,list,dict,for,while,B\n" * 4)
+    result = call(main, "--model", model, "--mmlu", tmp_path, "--cloze")
+    assert result.code == 0 and "acc_norm" in result.out and "4 items" in result.out
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "no items with one of sentence_good"),
+        ("{", "not a JSON object a line"),
+        ('{"a": 1}', "no items with one of"),
+    ],
+)
+def test_a_file_that_is_not_a_task_is_said(content, message, model, tmp_path):
+    (tmp_path / "items.jsonl").write_text(content)
+    result = call(main, "--model", model, "--task", tmp_path / "items.jsonl")
+    assert result.code == 2 and message in result.err.strip().splitlines()[-1]
+
+
+def test_a_folder_gives_the_first_of_each_file(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(KINDS["pairs"]()) for _ in range(5)))
+    assert len(read_items(tmp_path, limit=2)) == 4
