@@ -120,9 +120,11 @@ def input_squares(layers: dict[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
         return add
 
     hooks = [linear.register_forward_pre_hook(watch(name)) for name, linear in layers.items()]
-    yield squares
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield squares
+    finally:
+        for hook in hooks:
+            hook.remove()
     parallel.average(squares.values())
 
 
@@ -142,6 +144,8 @@ def quantize_layers(
     for name, linear in linears(block).items():
         # the weight as it is stored: the block holds a copy in float32, twice the memory
         weight = checkpoint.tensor(f"model.layers.{i}.{name}.weight").to(linear.weight.device)
+
+        # the quantizer, with the switches of the method
         quantizer = FlexBCQLinear(
             weight,
             settings.bits,
@@ -155,6 +159,8 @@ def quantize_layers(
         )
         if not settings.learn_shift:
             quantizer.shift.requires_grad_(False)
+
+        # it takes the place of the layer
         block.set_submodule(name, quantizer)
         quantizers[name] = quantizer
         advance()
@@ -183,20 +189,21 @@ def train_block(
 
     seed: of the order of the samples and the mixing of inputs; advance: called after each step
     Raises ValueError if the loss is not finite."""
-    mapping = {"params": [p for q in quantizers for p in q.mapping_parameters()], "lr": settings.mapping_rate}
-    levels = {"params": [p for q in quantizers for p in q.level_parameters()], "lr": settings.level_rate}
-    optimizer = torch.optim.Adam([mapping, levels], fused=True)
+    mapping = [p for q in quantizers for p in q.mapping_parameters()]
+    levels = [p for q in quantizers for p in q.level_parameters()]
+    rates = [{"params": mapping, "lr": settings.mapping_rate}, {"params": levels, "lr": settings.level_rate}]
+    optimizer = torch.optim.Adam(rates, fused=True)
     draws = parallel.Draws(len(x.target), settings.batch_size, settings.epochs, seed)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(draws))
     device = x.rope[0].device
 
     for step, (chosen, uniform) in enumerate(draws):
-        # every second step, choose the codes again
+        # every few steps (2 by default), choose the codes again
         if step and step % settings.period == 0:
             for quantizer in quantizers:
                 quantizer.remap(settings.local)
 
-        # half of the input elements come from the original model
+        # a share of the input elements (half by default) comes from the original model
         original, quantized = x.original[chosen], x.quantized[chosen]  # (samples in the step, seq_len, hidden_size)
         from_original = uniform(original.shape[1:]) < settings.original_input
         mixed = torch.where(from_original, original, quantized)
@@ -208,7 +215,7 @@ def train_block(
             raise ValueError(f"the loss is {loss.item()} at step {step}")
 
         loss.backward()
-        parallel.average(p.grad for p in (*mapping["params"], *levels["params"]))
+        parallel.average(p.grad for p in mapping + levels)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -303,13 +310,13 @@ def calibrate(checkpoint: Checkpoint, ids: Tensor, settings: Settings, folder: P
                 write_block(checkpoint, i, packed, folder)
                 write_json(folder / REPORT, report)
 
-            left = sum(r["seconds"] for r in records) / len(records) * (n_blocks - i - 1) / 60
+            minutes_left = sum(r["seconds"] for r in records) / len(records) * (n_blocks - i - 1) / 60
             losses = f"loss {record['loss_before']:.3e} -> {record['loss_after']:.3e}"
-            bar.set_postfix_str(f"{losses}, {left:.1f} min left")
+            bar.set_postfix_str(f"{losses}, {minutes_left:.1f} min left")
 
 
 def show(bar: tqdm, news: str = "") -> None:
-    """Move a progress bar on by one step, or write some news behind it."""
+    """Advance a progress bar by one step or, given some text, show it behind the bar."""
     if news:
         bar.set_postfix_str(news)
     else:
@@ -376,9 +383,10 @@ def finish(checkpoint: Checkpoint, windows: Tensor, settings: Settings, folder: 
 
 
 def run(settings: Settings) -> None:
+    """Check, rehearse, quantize, measure. Raises ValueError or OSError with one line."""
     start = time.perf_counter()
 
-    # whatever can go wrong, goes wrong here
+    # everything that can be checked beforehand
     checkpoint, settings = resolve(settings)
     weights, bits = check_layers(checkpoint, settings)
     check_space(checkpoint, settings, weights, bits)
@@ -410,7 +418,8 @@ def run(settings: Settings) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Quantize a Llama (a Hugging Face folder) and write it as a packed checkpoint folder.",
-        epilog="Training is as in the paper, but the shift is trained and the initialization searches more.",
+        epilog="Training follows the paper, except that the shift is trained too. The initialization weights errors by "
+        "the inputs of a layer and tries 10 clipping ratios (paper: 50).",
     )
     add_options(parser, Settings)
     guarded(lambda args: run(Settings(**vars(args))), parser)

@@ -8,7 +8,7 @@ A weight passes three stations:
 
     transform   v  = w / (scale * s_elem * s_row) + zero_point
     map         q  = the level nearest to v,  levels = { sum_i alpha_i b_i + shift : b in {-1, +1}^n_bits }
-    back        w^ = scale * (q - zero_point)
+    back        w^ = scale * s_row * (q - zero_point)
 
 With alpha = 2^(n_bits-2), .., 1, 1/2 and shift = (2^n_bits - 1) / 2 the levels are the integers 0 .. 2^n_bits - 1 and
 the map is round-and-clip: a uniform quantizer. Learning the levels makes it a BCQ, learning the factors s (they move a
@@ -19,6 +19,8 @@ weight to another level without moving the levels) makes it FlexRound, learning 
     mapping learned     flexround       flexbcq
 
 Whatever was learned, `fold` turns it into plain BCQ: w^ = sum_i alpha*_i b_i + shift*.
+
+differs: in the paper s_row is in the transform only. Here it is on the way back too, a second factor of scale.
 
     in the literature              here             shape
     Delta, z_U                     scale, zero_point (n_groups, 1)
@@ -253,14 +255,14 @@ class Quantize(torch.autograd.Function):
     with the codes held fixed (Bengio et al. 2013). Where |v - q| > tau * min |alpha_i| the level is too far away for
     that to be true and nothing flows, neither to v nor to the levels (gradient filtering; with tau = 1 and uniform
     levels, just after a mapping, these are exactly the clipped weights).
-    With u = v - zero_point = w / (scale * s_elem * s_row), g = dL/dw^:
+    With scale already multiplied by its learned factors, u = v - zero_point = w / (scale * s_elem) and g = dL/dw^:
 
         g_v            = g * scale                                  where not filtered, else 0
         dL/dlog s_elem = -g_v * u
         dL/dscale      = (sum(g * w^) - sum(g_v * u)) / scale       sums over the group
         dL/dalpha_i    = sum(g_v * b_i),   dL/dshift = sum(g_v)
 
-    The only (n, ..) tensors kept for the backward pass are those that exist anyway: w, log_s_elem, codes and w^."""
+    What is kept for the backward pass and as large as the weight exists anyway: w, log_s_elem, codes and w^."""
 
     @staticmethod
     def forward(
@@ -330,7 +332,8 @@ class FlexBCQLinear(nn.Module):
                    output error. None: all columns count alike
     tau:           as in `Quantize`
     bias:          (out_features,), added to the output as it is
-    The codes are state that only `remap` changes, so `forward` is pure. Raises ValueError on a bad size or NaN."""
+    The codes are state that only `remap` changes, so `forward` is pure. Raises ValueError for n_bits outside 1..8, a
+    group size that does not divide in_features, NaN, or a weight that fp16 cannot hold."""
 
     def __init__(
         self, weight: Tensor, n_bits: int, group_size: int = -1, learn_mapping: bool = True, learn_levels: bool = True,
@@ -408,7 +411,8 @@ class FlexBCQLinear(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The composition theorem: scale * (sum_i alpha_i b_i + shift - zero_point) = sum_i alpha*_i b_i + shift*.
+        """The composition theorem: scale * (sum_i alpha_i b_i + shift - zero_point) = sum_i alpha*_i b_i + shift*. The
+        learned factors of group and row are in scale.
 
         Returns codes (out, in), alpha* (out, in/group_size, n_bits) and shift* (out, in/group_size); scale, zero_point,
         s_elem and s_row are gone.

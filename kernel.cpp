@@ -1,4 +1,4 @@
-// The door from Python to the kernels: support/cpu/cpu.h for a CPU, kernel.cu for a GPU. It checks what it is given, so that
+// The binding of the kernels to PyTorch: support/cpu/cpu.h for a CPU, kernel.cu for a GPU. It checks what it is given, so that
 // no kernel reads past an end.
 
 #include "support/cpu/cpu.h"

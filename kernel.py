@@ -139,7 +139,9 @@ FOLDERS = [HERE / "build", Path.home() / ".cache" / "flexbcq"]  # where compiled
 
 def compiled_name(with_cuda: bool) -> str:
     """A file name that changes with the content of the sources and with all else that a compiled file depends on."""
-    sources = [HERE / "kernel.cpp", *sorted((HERE / "support" / "cpu").glob("*.h"))] + [HERE / "kernel.cu"] * with_cuda
+    sources = [HERE / "kernel.cpp", *sorted((HERE / "support" / "cpu").glob("*.h"))]
+    if with_cuda:
+        sources.append(HERE / "kernel.cu")
     card = f"{torch.version.cuda} {torch.cuda.get_device_capability()}" if with_cuda else ""
     digest = hashlib.sha256(f"{platform.platform()} {torch.__version__} {card}".encode())
     for path in sources:
@@ -240,6 +242,7 @@ def multiply_fake(x: Tensor, planes: Tensor, alpha: Tensor, shift: Tensor, out_f
 
 
 def keep_weight(ctx, inputs: tuple, output: Tensor) -> None:
+    """Save what `multiply_backward` needs: bit_planes, alpha, shift and out_features."""
     _, *weight, ctx.out_features, _ = inputs
     ctx.save_for_backward(*weight)
 
@@ -323,8 +326,8 @@ class BCQLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) -> (..., out_features) in the dtype of x, or that of autocast where it is on.
 
-        Tokens are multiplied straight from the bit-planes; many on a GPU, or those that need gradients, by the weight.
-        Raises ValueError on another width or on whole numbers."""
+        A few tokens, on a CPU any number, are multiplied straight from the bit-planes; otherwise, or if x needs a
+        gradient, the weight is dequantized first. Raises ValueError on another width or on whole numbers."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} columns, the weight has in_features {self.in_features}")
         if not x.is_floating_point():

@@ -155,6 +155,7 @@ class Attention(nn.Module):
             self.q_norm = self.k_norm = nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
+        """x: (batch, n_new, hidden_size); cos, sin: (n_new, head_dim) of the positions of x. Same shape out."""
         batch, n_new, _ = x.shape
         q = self.q_proj(x).view(batch, n_new, -1, self.head_dim).transpose(1, 2)  # (batch, n_heads, n_new, head_dim)
         k = self.k_proj(x).view(batch, n_new, -1, self.head_dim).transpose(1, 2)  # (batch, n_kv_heads, n_new, head_dim)

@@ -112,7 +112,8 @@ def read_config(raw: dict) -> LlamaConfig:
 
     # what the families do differently
     attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
-    biases = attention[:3] if model_type == "qwen2" else attention if chosen.pop("attention_bias", False) else ()
+    biases = attention[:3] if model_type == "qwen2" else ()
+    biases += attention if chosen.pop("attention_bias", False) else ()
     biases += mlp if chosen.pop("mlp_bias", False) else ()
     with_rope, interval = chosen.pop("no_rope_layers", None), chosen.pop("no_rope_layer_interval", None)
     layers = range(chosen["num_hidden_layers"]) if model_type == "smollm3" else ()

@@ -26,7 +26,7 @@ from support.checkpoint import Checkpoint
 from support.data import encode_prompt
 from support.tasks import LETTERS, log_probability, read_questions, subjects
 
-KINDS = {"sentence_good": "pairs", "continuation": "last words", "choices": "multiple choice"}
+KEYS = {("sentence_good", "sentence_bad"), ("context", "continuation"), ("query", "choices", "gold")}  # of an item
 
 
 def read_items(path: Path, limit: int | None = None) -> list[dict]:
@@ -41,8 +41,9 @@ def read_items(path: Path, limit: int | None = None) -> list[dict]:
             raise OSError(f"{file}: cannot read the items ({error.strerror})") from None
         except ValueError as error:
             raise ValueError(f"{file}: not a JSON object a line ({error})") from None
-    if not items or not any(key in items[0] for key in KINDS):
-        raise ValueError(f"{path}: no items with one of {', '.join(KINDS)}; see the start of support/cloze.py")
+    wrong = [item for item in items if not any(all(key in item for key in keys) for keys in KEYS)]
+    if not items or wrong:
+        raise ValueError(f"{path}: {str(wrong[:1])[1:61] or 'no items'}: not an item of a task, see support/cloze.py")
     return items
 
 
@@ -82,10 +83,11 @@ def answers(
     checkpoint: Checkpoint, model: Llama, tokenizer: Tokenizer, items: list[dict]
 ) -> Iterator[tuple[bool, bool]]:
     """For each item: right? And right by the log-probability for each character? (Equal where there are no choices.)"""
-    eos = checkpoint.raw_config.get("bos_token_id") or (checkpoint.eos_ids() or (0,))[0]
+    bos = checkpoint.raw_config.get("bos_token_id")
+    first = bos if bos is not None else (checkpoint.eos_ids() or (0,))[0]
     max_length = checkpoint.config.max_position_embeddings
     pairs = [pair for item in items for pair in continuations(item)]
-    encoded = (encode_pair(tokenizer, *pair, eos, max_length) for pair in pairs)
+    encoded = (encode_pair(tokenizer, *pair, first, max_length) for pair in pairs)
     found = log_probability(model, encoded, max_length)
 
     for item in items:
@@ -94,7 +96,7 @@ def answers(
         if "continuation" in item:
             yield values[0].greedy, values[0].greedy
         else:
-            gold = item.get("gold", 0)  # of a pair, the first is the good one
+            gold = 0 if "sentence_good" in item else item["gold"]  # of a pair, the first is the good one
             by_character = [value.log_p / len(text) for value, text in zip(values, texts)]
             best = max(range(len(texts)), key=lambda i: values[i].log_p)
             yield best == gold, max(range(len(texts)), key=by_character.__getitem__) == gold

@@ -53,7 +53,8 @@ def load_text(path: Path | None, held_out: bool) -> tuple[str, str]:
     """A text and its name: the file, a text of `hub.TEXTS`, or the standard library's training or held-out files if
     `path` is None."""
     if str(path) in TEXTS and not path.exists():
-        return named_text(str(path), held_out), f"{path}, {'test' if held_out else 'training'} split"
+        held_out_split = "test" if str(path) == "wikitext2" else "validation"
+        return named_text(str(path), held_out), f"{path}, {held_out_split if held_out else 'training'} split"
     if path is not None:
         return read_text(path), Path(path).name
     return standard_library_text(held_out), "Python standard library" + (", held-out files" if held_out else "")

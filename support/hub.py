@@ -73,8 +73,10 @@ def fetch(download, repository: str, **more) -> str:
         reason = f"has no revision {more.get('revision')}; leave it out for the newest"
     except hub.RepositoryNotFoundError:
         reason = "is not on the Hub, or private: check the name, or `hf auth login`"
-    except hub.EntryNotFoundError:
+    except hub.LocalEntryNotFoundError:
         reason = "cannot be reached and is not in the cache: check the network, or give a folder"
+    except hub.EntryNotFoundError:
+        reason = "lacks a file that is needed: check the name"
     except OSError as error:
         if error.errno == errno.ENOSPC:
             reason = "does not fit on the disk: make space, or set HF_HOME to a folder on a larger one"

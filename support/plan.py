@@ -81,10 +81,8 @@ def check_layers(checkpoint: Checkpoint, settings: Settings) -> tuple[int, float
 
     weights = stored = 0
     for name, linear in linears(block).items():
-        try:
+        with named(f"model.layers.0.{name}"):
             packed = BCQLinear(linear.in_features, linear.out_features, settings.bits, settings.group_size)
-        except ValueError as error:
-            raise ValueError(f"model.layers.0.{name}: {error}") from None
         weights += linear.weight.numel()
         stored += sum(8 * t.numel() * t.element_size() for t in packed.state_dict().values())
     return weights, stored / weights
@@ -111,8 +109,8 @@ def check_space(checkpoint: Checkpoint, settings: Settings, weights: int, bits: 
     if not settings.dequantized:
         linear = checkpoint.n_bytes(lambda name: name.endswith("_proj.weight"))
         stored += config.num_hidden_layers * weights * bits / 8 - linear
-    left = sum(file.stat().st_size for file in partial_folder(settings.out).glob("*"))
-    needs = {f"--out {settings.out}": (stored - left, shutil.disk_usage(settings.out.parent).free)}
+    already_there = sum(file.stat().st_size for file in partial_folder(settings.out).glob("*"))
+    needs = {f"--out {settings.out}": (stored - already_there, shutil.disk_usage(settings.out.parent).free)}
 
     # three sets of activations in bf16
     activations = 3 * 2 * settings.samples * settings.seq_len * config.hidden_size
@@ -121,11 +119,11 @@ def check_space(checkpoint: Checkpoint, settings: Settings, weights: int, bits: 
     else:
         needs[f"--samples {settings.samples}, activations in memory"] = activations, psutil.virtual_memory().total
 
-    for name, (needed, free) in needs.items():
-        print(f"{name}: {needed / 1e9:.3f} GB of {free / 1e9:.1f} GB")
-        if needed > free:
+    for name, (needed, available) in needs.items():
+        print(f"{name}: {needed / 1e9:.3f} GB of {available / 1e9:.1f} GB")
+        if needed > available:
             raise ValueError(
-                f"{name}: needs {needed / 1e9:.3f} GB, there are {free / 1e9:.3f}; make space or ask for less"
+                f"{name}: needs {needed / 1e9:.3f} GB, there are {available / 1e9:.3f}; make space or ask for less"
             )
 
 
@@ -159,8 +157,10 @@ def stored_bits(checkpoint: Checkpoint, weights: int) -> float:
     return 8 * checkpoint.n_bytes(is_quantized) / (checkpoint.config.num_hidden_layers * weights)
 
 
-def print_table(perplexities: dict[str, float], bits: int, weights: int, source: Checkpoint, written: Checkpoint):
-    """A line per model: perplexity, stored bits per quantized weight, size of the weight files."""
+def print_table(
+    perplexities: dict[str, float], bits: int, weights: int, source: Checkpoint, written: Checkpoint
+) -> None:
+    """A line per model: perplexity, stored bits per quantized weight, size of the weight files. weights: in a block"""
     print(f"\n{'':20}{'perplexity':>12}{'bits per weight':>18}{'files':>12}")
     for name, value in perplexities.items():
         checkpoint = source if name == "original" else written

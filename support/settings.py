@@ -27,7 +27,8 @@ def option(section: str, default: Any, text: str, low: float = -math.inf, high: 
 
     low, high: the range of a number, both ends included; more: choices, shown (the default in words)"""
     metadata = {"section": section, "text": text, "range": (low, high), **more}
-    return field(**{"default_factory" if callable(default) else "default": default}, metadata=metadata)
+    default = {"default_factory": default} if callable(default) else {"default": default}
+    return field(**default, metadata=metadata)
 
 
 files = partial(option, "input and output")
@@ -49,7 +50,7 @@ class Settings:
     out: Path | None = files(None, "new folder to write", shown="MODEL-METHOD-BITSbit, here")
 
     method: str = quantization("flexbcq", "how to quantize", choices=METHODS)
-    bits: int = quantization(3, "bit-planes per weight", 1, 8)
+    bits: int = quantization(3, "bits per weight, the number of bit-planes", 1, 8)
     group_size: int = quantization(-1, "weights that share alpha and shift, a multiple of 32; -1: a whole row")
     dequantized: bool = quantization(False, "write ordinary weights instead of bit-planes, for other software")
 
@@ -63,25 +64,25 @@ class Settings:
 
     mapping_rate: float = switch(5e-3, "learning rate of scale, s_elem and s_row, falling to 0 as a cosine", 0, 1)
     level_rate: float = switch(5e-4, "learning rate of alpha and shift, falling to 0 as a cosine", 0, 1)
-    period: int = switch(2, "training steps from one mapping of weights to levels to the next", 1)
+    period: int = switch(2, "training steps between two mappings of weights to levels", 1)
     local: bool = switch(True, "a new mapping moves a weight by one level at most")
     tau: float = switch(1.0, "no gradient where the level is further away than X times the smallest alpha", 0, 1e9)
     learn_shift: bool = switch(True, "train the shift like alpha")
     original_input: float = switch(0.5, "share of a block's inputs taken from the original model in training", 0, 1)
     n_ratios: int = switch(10, "clipping ratios that the initialization tries", 1)
     n_rounds: int = switch(15, "rounds of alternating update per ratio (0: keep uniform levels, like rtn)", 0)
-    importance: bool = switch(True, "initialize for the inputs that a layer sees, not for its weights alone")
+    importance: bool = switch(True, "weight the errors of the initialization by the inputs of each layer")
 
     text: Path | None = files(
         None, "UTF-8 file to calibrate on, or wikitext2 or c4 (training split)", shown="the Python standard library"
     )
     eval_text: Path | None = evaluation(
         None,
-        "UTF-8 file for perplexity, or wikitext2 or c4 (test split, rows joined by blank lines as in GPTQ's loader)",
+        "UTF-8 file for perplexity, or wikitext2 (test, joined as by GPTQ's loader) or c4 (first validation shard)",
         shown="the test split or last tenth of --text, or held-out files of the library",
     )
     eval_seq_len: int | None = evaluation(None, "tokens per window", shown="as --seq-len")
-    eval_windows: int | None = evaluation(None, "evaluate on the first so many windows only", 1, shown="all")
+    eval_windows: int | None = evaluation(None, "use only the first N windows", 1, shown="all")
     baselines: bool = evaluation(True, "measure the original model and rtn too")
 
     device: str | torch.device = machine(default_device, "cpu, cuda, cuda:1, ...", shown=FOUND)
@@ -135,8 +136,8 @@ class Evaluation:
     task: Path | None = option("tasks", None, "a .jsonl file of BLiMP, LAMBADA, PIQA or ARC, or a folder of them")
     mmlu: Path | None = option("tasks", None, "MMLU, by letters: its published folder, with dev and test")
     cloze: bool = option("tasks", False, "MMLU by the texts of the answers, without shots")
-    shots: int = option("tasks", 5, "solved questions shown before each of MMLU", 0)
-    limit: int | None = option("tasks", None, "the first so many of each file or subject only", 1, shown="all")
+    shots: int = option("tasks", 5, "solved examples shown before each MMLU question", 0)
+    limit: int | None = option("tasks", None, "use only the first N items of each file or subject", 1, shown="all")
 
     def __post_init__(self):
         check_ranges(self)

@@ -64,8 +64,8 @@ def prompt(subject: str, shots: list[list[str]], question: list[str]) -> str:
     """What the model is to continue with a letter. The original has two spaces before the subject, and so have we."""
     text = f"The following are multiple choice questions (with answers) about  {subject.replace('_', ' ')}.\n\n"
     for row in (*shots, question):
-        choices = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, row[1:5]))
-        text += f"{row[0]}{choices}\nAnswer:" + (f" {row[5]}\n\n" if row is not question else "")
+        listed = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, row[1:5]))
+        text += f"{row[0]}{listed}\nAnswer:" + (f" {row[5]}\n\n" if row is not question else "")
     return text
 
 
@@ -165,9 +165,9 @@ def accuracy(
         values = [next(found).log_p for _ in LETTERS]
         subject, letter, n, is_cut = asked[i]
         right = LETTERS[values.index(max(values))] == letter
-        scores[subject] = Score(*map(sum, zip(scores[subject], (right, 1, n < n_shots, is_cut))))
-        right, n_asked, *_ = map(sum, zip(*scores.values()))
-        bar.set_postfix_str(f"{right / n_asked:.1%}")
+        old = scores[subject]
+        scores[subject] = Score(old.right + right, old.asked + 1, old.short + (n < n_shots), old.cut + is_cut)
+        bar.set_postfix_str(f"{sum(s.right for s in scores.values()) / (i + 1):.1%}")
     return scores
 
 
@@ -189,7 +189,9 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> Llama:
     """The model that answers: bfloat16 on a GPU; float32 on a CPU, dequantized once and not for every question."""
     on_gpu = device.type == "cuda"
     model = checkpoint.model(torch.bfloat16 if on_gpu else torch.float32, device)
-    for name, packed in list(model.named_modules()) if not on_gpu else ():
+    if on_gpu:
+        return model
+    for name, packed in list(model.named_modules()):
         if isinstance(packed, BCQLinear):
             linear = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
             linear.weight = nn.Parameter(packed.dequantize(), requires_grad=False)

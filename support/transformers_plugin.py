@@ -5,7 +5,7 @@
 
     model = AutoModelForCausalLM.from_pretrained("PACKED")  # the linear layers are kernel.BCQLinear
 
-It generates, is saved with `save_pretrained` and evaluated with lm-eval like any other model.
+It generates and is saved with `save_pretrained` like any other model.
 """
 
 import torch

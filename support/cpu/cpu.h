@@ -5,7 +5,7 @@
 //
 // `scalar` below says this in the obvious way and is the definition. Two faster ways compute the same:
 //     lookup.h   looks the inner sums up in tables; as exact as the scalar way
-//     int8.h     multiplies bytes; about 0.4 % off, and twice as fast when several tokens share the work
+//     int8.h     multiplies bytes; about 0.4 % off, and faster when several tokens share the work
 // and for many tokens, dequantize.h makes tiles of weights for an ordinary matrix product. These are written
 // once, for vectors of any width (an extension of C++ that GCC and clang share: + - * & >> act on all elements at once)
 // and four operations: load_halves, look_up, look_up_bytes, dot. x86.h and arm.h say which instructions

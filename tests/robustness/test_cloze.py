@@ -75,9 +75,9 @@ def test_mmlu_by_the_texts_of_the_answers(model, tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("", "no items with one of sentence_good"),
+        ("", "not an item of a task"),
         ("{", "not a JSON object a line"),
-        ('{"a": 1}', "no items with one of"),
+        ('{"a": 1}', "not an item of a task"),
     ],
 )
 def test_a_file_that_is_not_a_task_is_said(content, message, model, tmp_path):

@@ -72,7 +72,8 @@ def test_answers_are_those_of_transformers(n_shots, seq_len, data, model):
         expected[subject] = (right, len(rows(data, "test", subject)), short, 0)
     checkpoint = Checkpoint(model)
     ours = checkpoint.model()
-    assert list(log_probability(ours, pairs, seq_len)) == pytest.approx(values, abs=1e-4)
+    found = [likelihood.log_p for likelihood in log_probability(ours, pairs, seq_len)]
+    assert found == pytest.approx(values, abs=1e-4)
     assert accuracy(checkpoint, ours, tokenizer, data, n_shots, seq_len) == expected
 
 
