@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
+from kernel import forced_path
 from llama import Block, rope_tables
 from support.checkpoint import Checkpoint
 from support.cloze import answer_items, mmlu_items, read_items
@@ -185,6 +186,7 @@ def run(settings: Evaluation) -> None:
         raise ValueError("--cloze: belongs to --mmlu; give --mmlu DATA too")
     if sum(x is not None for x in (settings.prompt, settings.task, settings.mmlu, settings.against)) > 1:
         raise ValueError("--prompt, --task, --mmlu and --against: give only one of them")
+    forced_path()  # is it one?
     device = check_device(settings.device)
     checkpoint = Checkpoint(model_folder(settings.model))
     tokenizer = load_tokenizer(checkpoint.folder)

@@ -159,12 +159,13 @@ class Library(NamedTuple):
 
 def compile_kernels(target: Path, with_cuda: bool) -> ctypes.CDLL:
     """Compile kernel.cpp, and kernel.cu for a GPU, to `target`, and load them. Raises whatever goes wrong."""
+    compiler = os.environ.get("CXX", "cl" if sys.platform == "win32" else "c++")
+    if shutil.which(shlex.split(compiler)[0]) is None:
+        raise OSError(f"no C++ compiler {compiler} is installed")
+
     import ninja
     from torch.utils import cpp_extension  # takes a second
 
-    compiler = cpp_extension.get_cxx_compiler()  # CXX, c++, or cl on Windows
-    if shutil.which(shlex.split(compiler)[0]) is None:
-        raise OSError(f"no C++ compiler {compiler} is installed")
     sources = ["kernel.cpp", "kernel.cu"] if with_cuda else ["kernel.cpp"]
     print(f"compiling {' and '.join(sources)}, once, about a minute ...", file=sys.stderr)
 
@@ -214,12 +215,16 @@ def library() -> Library | None:
     """The compiled kernels; None where they cannot be had, with one line that says why.
 
     A GPU without its own kernels still has those of the CPU beside it."""
-    from torch.utils.cpp_extension import CUDA_HOME
+    kinds = [False]
+    if torch.cuda.is_available():
+        from torch.utils.cpp_extension import CUDA_HOME
 
-    on_gpu = torch.cuda.is_available()
-    if on_gpu and CUDA_HOME is None:
-        print("no nvcc: plain PyTorch on the GPU; install the CUDA toolkit or set CUDA_HOME", file=sys.stderr)
-    for with_cuda in [True, False] if on_gpu and CUDA_HOME else [False]:
+        if CUDA_HOME is None:
+            print("no nvcc: plain PyTorch on the GPU; install the CUDA toolkit or set CUDA_HOME", file=sys.stderr)
+        else:
+            kinds = [True, False]
+
+    for with_cuda in kinds:
         try:
             return load_kernels(with_cuda)
         except Exception as error:  # whatever it is, plain PyTorch does the same, slower
@@ -252,12 +257,24 @@ def multiply_backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
     return g @ dequantize(*ctx.saved_tensors, ctx.out_features).to(g.dtype), None, None, None, None, None
 
 
+NAMES = ("cuda", "fast", "readable", "avx512", "avx2", "neon", "scalar", "emulated", "torch")
+NAMES += ("avx512_int8", "avx2_int8", "neon_int8", "emulated_int8")
+
+
+def forced_path() -> str | None:
+    """What FLEXBCQ_KERNEL asks for. Raises ValueError if no path has this name."""
+    name = os.environ.get("FLEXBCQ_KERNEL")
+    if name and name not in NAMES:
+        raise ValueError(f"FLEXBCQ_KERNEL={name}: no such kernel; there are {', '.join(NAMES)}")
+    return name
+
+
 @functools.cache
 def paths(device_type: str) -> list[str]:
     """The paths there are on "cpu" or "cuda", best first; the last one is always "torch".
 
     With FLEXBCQ_KERNEL set only that one. Raises ValueError if this machine does not have it."""
-    forced = os.environ.get("FLEXBCQ_KERNEL")
+    forced = forced_path()
     if forced == "torch" or device_type not in ("cpu", "cuda") or library() is None:
         found = []
     elif device_type == "cpu":

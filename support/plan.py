@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from flexbcq import check_fp16
-from kernel import BCQLinear
+from kernel import BCQLinear, forced_path
 from llama import Block, linears
 from support import parallel
 from support.checkpoint import Checkpoint, side_files
@@ -27,6 +27,7 @@ EPOCHS, QUICK_EPOCHS = 20, 1  # of the paper; of the bundled model, less than th
 
 def resolve(settings: Settings) -> tuple[Checkpoint, Settings]:
     """The model, and the settings with what depends on it or on the machine filled in. Raises ValueError or OSError."""
+    forced_path()  # is it one?
     device = check_device(parallel.start(settings.device))
     if device.type == "cuda":
         torch.cuda.set_device(device)

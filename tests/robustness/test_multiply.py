@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from helpers import call
 from products import ROOT, assert_right, exact_weight, product
 
+import calibrate
+import eval
 from experiments import kernels
 from experiments.kernels import random_layer
 from kernel import library, paths
@@ -224,10 +226,18 @@ def test_an_environment_variable_forces_a_path(afresh, monkeypatch):
         monkeypatch.setenv("FLEXBCQ_KERNEL", name)
         paths.cache_clear()
         assert paths("cpu") == [name]
+    for name, message in (("abacus", "no such kernel; there are cuda"), ("readable", "this machine offers .*torch")):
+        monkeypatch.setenv("FLEXBCQ_KERNEL", name)
+        paths.cache_clear()
+        with pytest.raises(ValueError, match=f"FLEXBCQ_KERNEL={name}: {message}"):
+            paths("cpu")
+
+
+def test_an_unknown_kernel_is_refused_before_anything_is_computed(monkeypatch):
     monkeypatch.setenv("FLEXBCQ_KERNEL", "abacus")
-    paths.cache_clear()
-    with pytest.raises(ValueError, match="FLEXBCQ_KERNEL=abacus: this machine offers .*torch"):
-        paths("cpu")
+    for program in (calibrate, eval):
+        result = call(program.main)
+        assert result.code == 2 and "FLEXBCQ_KERNEL=abacus: no such kernel" in result.err.strip().splitlines()[-1]
 
 
 def in_a_process(folder, code="print(kernel.paths('cpu'))", **environment):

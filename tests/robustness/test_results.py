@@ -58,7 +58,7 @@ def made_up(small):
 def test_the_page_compares_the_runs(made_up):
     assert len(page.wanted()) == 2 * (3 + 2) + 4 + 2 * 3 + 4 + 2 + 2
     text = " ".join(page.markdown(made_up).split())
-    assert "All runs were made." in text and "original has 1234.50, rtn 12.00 and 12.00." in text
+    assert "It shows " in text and "original has 1234.50, rtn 12.00 and 12.00." in text
     assert "flexbcq is lowest in 0 of 2 rows." in text  # 14 of flexround is below 100
     assert "| `--seed 1` | 110.00 (+10.0%) | 100.00 (+0.0%) |" in text
     assert "| 3 bits, a row | `--mapping-rate 0.01` | 14.00 | 100.00 |" in text
