@@ -9,8 +9,8 @@ before it produce, returns what the original model returns there; pack it. (Bloc
 half of the inputs from the original model as in QDrop, Wei et al. 2022.)
 
 In memory are one block with its quantizers and, on the host, three sets of activations, (samples, seq_len,
-hidden_size) in bf16. Arithmetic is in float32. How a run that was killed is resumed is told in support/resume.py, how
-several processes share the work in support/parallel.py.
+hidden_size) in bf16; for error feedback, the block's Hessians too. Arithmetic is in float32. How a run that was killed
+is resumed is told in support/resume.py, how several processes share the work in support/parallel.py.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from eval import perplexity
-from flexbcq import METHODS, FlexBCQLinear
+from flexbcq import WITH_GPTQ, FlexBCQLinear
 from kernel import BCQLinear
 from llama import Block, linears, rope_tables
 from support import parallel
@@ -51,6 +51,11 @@ from support.resume import REPORT, dequantize_blocks, read_block, resumable, wri
 from support.settings import Settings, add_options
 
 N_LINEARS = 7  # in a block: q, k, v, o, gate, up, down
+SAME_INPUT = {  # layer -> another that is fed with the same
+    "self_attn.k_proj": "self_attn.q_proj",
+    "self_attn.v_proj": "self_attn.q_proj",
+    "mlp.up_proj": "mlp.gate_proj",
+}
 
 # -------------------------------------------------------------------------------------------------------- activations
 
@@ -128,17 +133,46 @@ def input_squares(layers: dict[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
     parallel.average(squares.values())
 
 
+@torch.inference_mode()
+def input_hessians(block: Block, x: Tensor, rope: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """For each layer, (in_features, in_features): the sum of x x^T over all its inputs x, averaged over the processes.
+
+    x: what the block is fed with, (samples, seq_len, hidden_size) on the host
+    In memory: four matrices in float32 (Llama-2-7B: 0.7 GB), as layers with the same input share one; error feedback
+    makes about five more of the size of a layer's."""
+    watched = {name: linear for name, linear in linears(block).items() if name not in SAME_INPUT}
+    hessians = {name: linear.weight.new_zeros(2 * [linear.in_features]) for name, linear in watched.items()}
+
+    def watch(name: str) -> Callable:
+        def add(linear: nn.Linear, inputs: tuple[Tensor]) -> None:
+            tokens = inputs[0].flatten(0, 1)
+            hessians[name].addmm_(tokens.T, tokens)
+
+        return add
+
+    hooks = [linear.register_forward_pre_hook(watch(name)) for name, linear in watched.items()]
+    for part in batches(x):
+        block(part.to(rope[0].device).float(), *rope)
+    for hook in hooks:
+        hook.remove()
+
+    parallel.average(hessians.values())
+    return hessians | {name: hessians[other] for name, other in SAME_INPUT.items()}
+
+
 def quantize_layers(
     checkpoint: Checkpoint,
     block: Block,
     i: int,
     settings: Settings,
     importance: dict[str, Tensor] | None = None,
+    hessians: dict[str, Tensor] | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, FlexBCQLinear]:
     """Swap every linear layer of block i for a quantizer of the weight. Returns the quantizers by name.
 
     importance: what `FlexBCQLinear` takes, by name; None: all columns count alike
+    hessians: the same; None: without error feedback
     advance: called after each layer"""
     quantizers = {}
     for name, linear in linears(block).items():
@@ -150,12 +184,14 @@ def quantize_layers(
             weight,
             settings.bits,
             settings.group_size,
-            *METHODS[settings.method],
+            *WITH_GPTQ[settings.method],
             n_ratios=settings.n_ratios,
             n_rounds=settings.n_rounds,
             importance=importance[name] if importance else None,
             tau=settings.tau,
             bias=linear.bias,
+            hessian=hessians[name] if hessians else None,
+            n_passes=settings.n_passes if hessians else 0,
         )
         if not settings.learn_shift:
             quantizer.shift.requires_grad_(False)
@@ -253,10 +289,11 @@ def quantize_block(
     # what the original block answers, and what its layers see
     with input_squares(linears(block) if settings.importance else {}) as importance:
         run_block(block, x.original, x.rope, out=x.target)
+    hessians = input_hessians(block, x.quantized, x.rope) if settings.n_passes else None
 
     # levels and codes to start with
     initializing = time.perf_counter()
-    quantizers = quantize_layers(checkpoint, block, i, settings, importance, advance)
+    quantizers = quantize_layers(checkpoint, block, i, settings, importance, hessians, advance)
     record = {"initializing": time.perf_counter() - initializing, "training": 0.0}
     record["loss_before"] = output_error(block, x.quantized, x.rope, x.target)
     advance(f"loss {record['loss_before']:.3e}")
@@ -357,7 +394,8 @@ def measure_baselines(checkpoint: Checkpoint, windows: Tensor, settings: Setting
         perplexities["original"] = perplexity(checkpoint, windows, settings.device, label="original")
 
     def round_to_nearest(block: Block, i: int) -> None:
-        pack_layers(block, quantize_layers(checkpoint, block, i, replace(settings, method="rtn")))
+        rtn = replace(settings, method="rtn", feedback_passes=0)
+        pack_layers(block, quantize_layers(checkpoint, block, i, rtn))
 
     if "rtn" not in perplexities and settings.method != "rtn":
         perplexities["rtn"] = perplexity(checkpoint, windows, settings.device, round_to_nearest, "rtn")

@@ -18,7 +18,8 @@ weight to another level without moving the levels) makes it FlexRound, learning 
     mapping fixed       rtn             bcq
     mapping learned     flexround       flexbcq
 
-Whatever was learned, `fold` turns it into plain BCQ: w^ = sum_i alpha*_i b_i + shift*.
+Any of them may start with error feedback, where the columns of a weight make up for each other's errors; rtn with it is
+known as gptq. Whatever was learned, `fold` turns it into plain BCQ: w^ = sum_i alpha*_i b_i + shift*.
 
 differs: in the paper s_row is in the transform only. Here it is on the way back too, a second factor of scale.
 
@@ -48,6 +49,8 @@ METHODS = {  # name -> (learn_mapping, learn_levels)
     "flexround": (True, False),
     "flexbcq": (True, True),
 }
+WITH_GPTQ = METHODS | {"gptq": METHODS["rtn"]}  # its other part is error feedback
+COLUMNS = 128  # of a weight, between two matrix products of error feedback
 
 
 # ------------------------------------------------------------------------------------------------ levels and mapping
@@ -245,6 +248,130 @@ def initialize_groups(w: Tensor, n_bits: int, n_ratios: int, n_rounds: int, impo
     return best
 
 
+# ------------------------------------------------------------------------------------------------- error feedback
+
+
+def damped(hessian: Tensor, share: float = 0.01) -> Tensor:
+    """The Hessian in units of its mean diagonal plus `share` of the identity: positive definite, whatever came.
+
+    hessian: (in_features, in_features), sum of x x^T over inputs x. Raises ValueError if it is not finite.
+
+    >>> damped(torch.tensor([[2.0, 0.0], [0.0, 0.0]]))  # the second input is always 0
+    tensor([[2.0100, 0.0000],
+            [0.0000, 0.0100]])"""
+    mean = hessian.diagonal().mean()
+    if not mean.isfinite():
+        raise ValueError("the inputs of the layer contain NaN or infinity, or are too large to be squared")
+    eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    return hessian / mean + share * eye if mean > 0 else eye
+
+
+def upper_root(hessian: Tensor) -> Tensor:
+    """R, upper triangular, with hessian = R R^T: the Cholesky factor seen from the last column."""
+    return torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)
+
+
+def dequantize(codes: Tensor, alpha: Tensor, shift: Tensor) -> Tensor:
+    """q, (out_features, in_features), of codes of this shape and alpha and shift of each group, as in `levels`."""
+    return levels(alpha, shift).gather(1, codes.view(len(alpha), -1).long()).view(codes.shape)
+
+
+def layer_error(w: Tensor, hessian: Tensor, codes: Tensor, alpha: Tensor, shift: Tensor) -> Tensor:
+    """(out_features, 1): e H e^T with e = w - q, the squared error that each row makes in the layer's output."""
+    error = w - dequantize(codes, alpha, shift)
+    return ((error @ hessian) * error).sum(1, keepdim=True)
+
+
+def error_feedback(w: Tensor, hessian: Tensor, alpha: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose codes column by column, each making up for the errors of those before (GPTQ, Frantar et al. 2023).
+
+    w: (out_features, in_features); hessian: positive definite; alpha: (n_groups, n_bits), shift: (n_groups, 1)
+    Returns the codes, uint8, and the weights whose nearest levels they are, both like w.
+
+    With H = R R^T the error of a row is |e R|^2, and as R is upper triangular nothing after column k is in (e R)_k:
+
+        (e R)_k = e_k R_kk + sum_{i<k} e_i R_ik       smallest if q_k is nearest to w_k + sum_{i<k} e_i R_ik / R_kk
+
+    GPTQ comes to the same codes by way of the inverse of H; this is the form of QuIP (LDLQ, Chee et al. 2023), who show
+    that. The columns of the largest inputs come first."""
+    order = hessian.diagonal().argsort(descending=True)
+    root = upper_root(hessian[order][:, order])
+    feed = root / root.diagonal()  # R_ik / R_kk
+    values = levels(alpha, shift).view(len(w), -1, 2 ** alpha.shape[1])  # (out_features, groups, 2^n_bits)
+    group = (order // (w.shape[1] // values.shape[1])).tolist()  # of each column
+
+    w = w[:, order]
+    target, error, codes = w.clone(), torch.zeros_like(w), torch.empty_like(w, dtype=torch.uint8)
+    for start in range(0, w.shape[1], COLUMNS):
+        end = min(start + COLUMNS, w.shape[1])
+        target[:, start:end] += error[:, :start] @ feed[:start, start:end]  # of all columns before these at once
+
+        for k in range(start, end):
+            target[:, k] += error[:, start:k] @ feed[start:k, k]
+            value = values[:, group[k]]
+            code = (value - target[:, k, None]).abs().argmin(1, keepdim=True)
+            error[:, k] = w[:, k] - value.gather(1, code).squeeze(1)
+            codes[:, k] = code.squeeze(1)
+
+    back = order.argsort()
+    return codes[:, back], target[:, back]
+
+
+def refit_levels(w: Tensor, hessian: Tensor, codes: Tensor, alpha: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes fixed: least squares for all alpha and shift of a row together. Shapes as in `error_feedback`.
+
+    A row is q = F theta, where F has the signs and a 1 of each weight in the columns of its group, 0 elsewhere. Its
+    error is smallest where F^T H F (theta_new - theta) = F^T H (w - q)."""
+    features = F.pad(sign_patterns(alpha.shape[1], w), (0, 1), value=1.0)  # (2^n_bits, n_bits + 1)
+    theta = torch.cat((alpha, shift), 1).view(len(w), -1, features.shape[1])  # (out_features, groups, n_bits + 1)
+    by_group = theta.shape[1], w.shape[1] // theta.shape[1]  # groups, group_size
+    pull = (w - dequantize(codes, alpha, shift)) @ hessian  # (out_features, in_features)
+
+    fitted, n_rows = [], max(1, 2**24 // (w.shape[1] * theta[0].numel()))  # so many at a time: H F takes 64 MB
+    for old, code, pulled in zip(theta.split(n_rows), codes.split(n_rows), pull.split(n_rows)):
+        # r: row, i: column, g and h: groups, s: column of a group, k and l: unknowns of a group
+        f = features[code.long()].unflatten(1, by_group)
+        hf = torch.einsum("ihs,rhsk->rihk", hessian.unflatten(1, by_group), f)
+        gram = torch.einsum("rgsk,rgshl->rgkhl", f, hf.unflatten(1, by_group)).flatten(3).flatten(1, 2).double()
+        residual = torch.einsum("rgs,rgsk->rgk", pulled.unflatten(1, by_group), f).flatten(1).double()
+
+        # a little damping keeps the equations solvable where all weights agree in a bit
+        diagonal = gram.diagonal(dim1=1, dim2=2)
+        diagonal += 1e-5 * diagonal.mean(1, keepdim=True)
+        fitted.append(old + torch.linalg.solve(gram, residual).view_as(old).to(old.dtype))
+    theta = torch.cat(fitted).flatten(0, 1)
+    return theta[:, :-1], theta[:, -1:]
+
+
+def feedback_passes(
+    w: Tensor, hessian: Tensor, alpha: Tensor, shift: Tensor, n_passes: int, refit: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes by error feedback, levels refitted to them, and again; each row keeps its best pass. refit=False: GPTQ.
+
+    Shapes as in `error_feedback`, any Hessian. Returns codes, alpha, shift, and weights with these as nearest codes."""
+    hessian, best, best_error = damped(hessian), None, torch.inf
+    for _ in range(n_passes if refit else 1):
+        codes, target = error_feedback(w, hessian, alpha, shift)
+        if refit:
+            alpha, shift = refit_levels(w, hessian, codes, alpha, shift)
+        error = layer_error(w, hessian, codes, alpha, shift)
+
+        found = [x.reshape(len(w), -1) for x in (codes, alpha, shift, target)]  # a row of each for a row of w
+        best = found if best is None else [torch.where(error < best_error, *pair) for pair in zip(found, best)]
+        best_error = error.clamp(max=best_error)
+
+    codes, alpha, shift, target = best
+    alpha, shift = alpha.view(-1, alpha.shape[1] // shift.shape[1]), shift.view(-1, 1)
+    return codes, alpha, shift, into_cells(target, codes, alpha, shift)
+
+
+def into_cells(w: Tensor, codes: Tensor, alpha: Tensor, shift: Tensor) -> Tensor:
+    """Each weight where its code is the nearest: one that a refit of the levels left elsewhere goes to its level."""
+    v = w.view(len(alpha), -1)
+    is_inside = nearest(v, alpha, shift).view(codes.shape) == codes
+    return torch.where(is_inside, w, dequantize(codes, alpha, shift))
+
+
 # ------------------------------------------------------------------------------------------------- the quantizer
 
 
@@ -332,13 +459,15 @@ class FlexBCQLinear(nn.Module):
                    output error. None: all columns count alike
     tau:           as in `Quantize`
     bias:          (out_features,), added to the output as it is
+    hessian, n_passes: as in `feedback_passes`, which goes on from the initialization and leaves the weight in float32;
+                   0 passes: nearest codes
     The codes are state that only `remap` changes, so `forward` is pure. Raises ValueError for n_bits outside 1..8, a
     group size that does not divide in_features, NaN, or a weight that fp16 cannot hold."""
 
     def __init__(
         self, weight: Tensor, n_bits: int, group_size: int = -1, learn_mapping: bool = True, learn_levels: bool = True,
         *, n_ratios: int = 10, n_rounds: int = 15, importance: Tensor | None = None, tau: float = 1.0,
-        bias: Tensor | None = None,
+        bias: Tensor | None = None, hessian: Tensor | None = None, n_passes: int = 0,
     ):  # fmt: skip
         super().__init__()
         if n_bits not in range(1, 9):
@@ -367,6 +496,20 @@ class FlexBCQLinear(nn.Module):
         self.log_s_elem = nn.Parameter(torch.zeros_like(w, dtype=torch.float32)) if learn_mapping else None
         self.log_s_row = nn.Parameter(scale.new_zeros(weight.shape[0], 1)) if learn_mapping else None
         self.register_buffer("codes", nearest(self.v(), self.alpha, self.shift))
+        if n_passes:
+            self.feed_errors_back(hessian.float(), n_passes)
+
+    @torch.no_grad()
+    def feed_errors_back(self, hessian: Tensor, n_passes: int) -> None:
+        """Take over codes, levels and weights from `feedback_passes`: training starts from its codes."""
+        w, refit = self.w.float().view(self.shape), self.alpha.requires_grad
+        alpha, shift = self.scale * self.alpha, self.scale * (self.shift - self.zero_point)
+        codes, alpha, shift, target = feedback_passes(w, hessian, alpha, shift, n_passes, refit)
+
+        self.codes, self.w = codes.view(self.w.shape), target.view(self.w.shape)
+        if refit:
+            self.alpha.copy_(alpha / self.scale)
+            self.shift.copy_(shift / self.scale + self.zero_point)
 
     def mapping_parameters(self) -> list[nn.Parameter]:
         """What moves weights between levels: log scale, log s_elem, log s_row."""

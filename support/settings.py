@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import torch
 
-from flexbcq import METHODS
+from flexbcq import WITH_GPTQ
 from support.command import default_device
 
 TINY = Path(__file__).parent.parent / "models" / "tiny"
@@ -49,7 +49,7 @@ class Settings:
     model: Path = files(TINY, "folder, or org/name[@revision] on Hugging Face", shown="the bundled models/tiny")
     out: Path | None = files(None, "new folder to write", shown="MODEL-METHOD-BITSbit, here")
 
-    method: str = quantization("flexbcq", "how to quantize", choices=METHODS)
+    method: str = quantization("flexbcq", "how to quantize", choices=WITH_GPTQ)
     bits: int = quantization(3, "bits per weight, the number of bit-planes", 1, 8)
     group_size: int = quantization(-1, "weights that share alpha and shift, a multiple of 32; -1: a whole row")
     dequantized: bool = quantization(False, "write ordinary weights instead of bit-planes, for other software")
@@ -72,6 +72,7 @@ class Settings:
     n_ratios: int = switch(10, "clipping ratios that the initialization tries", 1)
     n_rounds: int = switch(15, "rounds of alternating update per ratio (0: keep uniform levels, like rtn)", 0)
     importance: bool = switch(True, "weight the errors of the initialization by the inputs of each layer")
+    feedback_passes: int = switch(0, "after the initialization, passes of error feedback (gptq: at least 1)", 0)
 
     text: Path | None = files(
         None, "UTF-8 file to calibrate on, or wikitext2 or c4 (training split)", shown="the Python standard library"
@@ -91,11 +92,18 @@ class Settings:
 
     def __post_init__(self):
         check_ranges(self)
+        if self.method == "rtn" and self.feedback_passes:
+            raise ValueError("--method rtn --feedback-passes: rtn with error feedback is --method gptq")
+
+    @property
+    def n_passes(self) -> int:
+        """Passes of error feedback."""
+        return max(self.feedback_passes, int(self.method == "gptq"))
 
     @property
     def is_trained(self) -> bool:
-        """A learned mapping needs gradients; rtn and bcq are done when they are initialized."""
-        return METHODS[self.method][0]
+        """A learned mapping needs gradients; rtn, gptq and bcq are done when they are initialized."""
+        return WITH_GPTQ[self.method][0]
 
     @property
     def n_steps(self) -> int:

@@ -159,13 +159,31 @@ def plain(written):
 @pytest.mark.parametrize(
     "switch",
     ["--mapping-rate 0.01", "--level-rate 0.01", "--period 1", "--no-local", "--tau 0.5", "--no-learn-shift"]
-    + ["--original-input 0", "--n-ratios 5", "--n-rounds 5", "--no-importance"],
+    + ["--original-input 0", "--n-ratios 5", "--n-rounds 5", "--no-importance", "--feedback-passes 1"],
 )
 def test_every_switch_changes_what_is_written_and_is_on_record(switch, plain, written):
     name = switch.split()[0].removeprefix("--no-").removeprefix("--").replace("-", "_")
     on_record, block_1 = written(*switch.split())
     assert on_record[name] != plain[0][name] and on_record | {name: plain[0][name]} == plain[0]
     assert block_1 != plain[1]
+
+
+@pytest.mark.parametrize(
+    "method, without, option",
+    [("gptq", "rtn", []), ("bcq", "bcq", ["--feedback-passes", 2]), ("flexbcq", "flexbcq", ["--feedback-passes", 2])],
+)
+def test_error_feedback_lowers_the_loss_and_is_on_record(method, without, option, packed, toy, text, tmp_path):
+    """Of block 0, on which both methods see the same inputs; the baseline rtn is without it."""
+    options = ["--model", toy, "--text", text, "--bits", 2, "--method", method, *option, *FEW_STEPS]
+    result = call(main, *options, "--out", tmp_path / "out")
+    assert result.code == 0, result.err
+    reports = [json.loads((f / "calibration.json").read_text()) for f in (tmp_path / "out", packed[without])]
+    for loss in ("loss_before", "loss_after"):
+        assert reports[0]["blocks"][0][loss] < 0.98 * reports[1]["blocks"][0][loss]
+    assert reports[0]["perplexity"]["rtn"] == reports[1]["perplexity"]["rtn"]
+
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (config["method"], config["feedback_passes"]) == (method, 2 if option else 0)
 
 
 def test_evaluation_has_a_window_and_a_length_of_its_own(toy, text, tmp_path):
