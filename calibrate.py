@@ -113,23 +113,30 @@ def output_error(
 
 
 @contextmanager
+def watching(layers: dict[str, nn.Linear], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While this is open, see(name, x) gets every input x, (samples, seq_len, in_features), of each layer."""
+    hooks = [
+        linear.register_forward_pre_hook(lambda _, inputs, name=name: see(name, inputs[0]))
+        for name, linear in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
 def input_squares(layers: dict[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
     """For each layer, (in_features,): the sum of squares of each input over all tokens that pass while this is open,
     averaged over the processes at the end."""
     squares = {name: linear.weight.new_zeros(linear.in_features).double() for name, linear in layers.items()}
 
-    def watch(name: str) -> Callable:
-        def add(linear: nn.Linear, inputs: tuple[Tensor]) -> None:
-            squares[name] += inputs[0].square().sum((0, 1), dtype=torch.float64)
+    def add(name: str, x: Tensor) -> None:
+        squares[name] += x.square().sum((0, 1), dtype=torch.float64)
 
-        return add
-
-    hooks = [linear.register_forward_pre_hook(watch(name)) for name, linear in layers.items()]
-    try:
+    with watching(layers, add):
         yield squares
-    finally:
-        for hook in hooks:
-            hook.remove()
     parallel.average(squares.values())
 
 
@@ -140,22 +147,16 @@ def input_hessians(block: Block, x: Tensor, rope: tuple[Tensor, Tensor]) -> dict
     x: what the block is fed with, (samples, seq_len, hidden_size) on the host
     In memory: four matrices in float32 (Llama-2-7B: 0.7 GB), as layers with the same input share one; error feedback
     makes about five more of the size of a layer's."""
-    watched = {name: linear for name, linear in linears(block).items() if name not in SAME_INPUT}
-    hessians = {name: linear.weight.new_zeros(2 * [linear.in_features]) for name, linear in watched.items()}
+    layers = {name: linear for name, linear in linears(block).items() if name not in SAME_INPUT}
+    hessians = {name: linear.weight.new_zeros(2 * [linear.in_features]) for name, linear in layers.items()}
 
-    def watch(name: str) -> Callable:
-        def add(linear: nn.Linear, inputs: tuple[Tensor]) -> None:
-            tokens = inputs[0].flatten(0, 1)
-            hessians[name].addmm_(tokens.T, tokens)
+    def add(name: str, inputs: Tensor) -> None:
+        tokens = inputs.flatten(0, 1)
+        hessians[name].addmm_(tokens.T, tokens)
 
-        return add
-
-    hooks = [linear.register_forward_pre_hook(watch(name)) for name, linear in watched.items()]
-    for part in batches(x):
-        block(part.to(rope[0].device).float(), *rope)
-    for hook in hooks:
-        hook.remove()
-
+    with watching(layers, add):
+        for part in batches(x):
+            block(part.to(rope[0].device).float(), *rope)
     parallel.average(hessians.values())
     return hessians | {name: hessians[other] for name, other in SAME_INPUT.items()}
 
