@@ -3,6 +3,7 @@
 
 #include "support/cpu/cpu.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/TensorIterator.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -62,6 +63,7 @@ static at::DimVector shape_of_result(const at::Tensor& x, int64_t out_features) 
 // code.
 template <class Run>
 static void parallel(int64_t count, const Run& run) {
+    if (at::get_num_threads() == 1) return run(0, count);
     auto elements = at::empty({count}, at::kByte);
     auto iterator = at::TensorIterator::nullary_op(elements);
     const char* first = (const char*)elements.const_data_ptr();

@@ -349,20 +349,21 @@ class BCQLinear(nn.Module):
             raise ValueError(f"x has {x.shape[-1]} columns, the weight has in_features {self.in_features}")
         if not x.is_floating_point():
             raise ValueError(f"x is {x.dtype}: a product with the weight needs floating-point numbers")
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        device_type = "cpu" if x.is_cpu else x.device.type  # asking a device for its type is slow
+        if torch.is_autocast_enabled(device_type):
+            x = x.to(torch.get_autocast_dtype(device_type))
 
         # the kernels of a CPU take any number of tokens, those of a GPU a few
         tokens = x.numel() // self.in_features
         taken = 1 <= tokens and (tokens <= MAX_BATCH or x.is_cpu) and not (x.requires_grad or has_tangent(x))
-        path = best_path(x.device.type) if taken else "torch"
+        path = best_path(device_type) if taken else "torch"
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if path == "torch":
             return F.linear(x, self.dequantize(x.dtype), bias)
 
         # attribute access on a Module is slow: three lookups by name cost as much as a small product
         planes_alpha_shift = self._buffers.values()
-        y = torch.ops.flexbcq.multiply(x, *planes_alpha_shift, self.out_features, path)
+        y = torch.ops.flexbcq.multiply.default(x, *planes_alpha_shift, self.out_features, path)
         return y if bias is None else y + bias
 
     def _apply(self, fn, recurse=True):
