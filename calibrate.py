@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from eval import perplexity
 from flexbcq import WITH_GPTQ, FlexBCQLinear
-from kernel import BCQLinear
+from kernel import BCQLinear, paths
 from llama import Block, linears, rope_tables
 from support import parallel
 from support.checkpoint import Checkpoint, whole_file, write_json
@@ -365,6 +365,7 @@ def rehearse(checkpoint: Checkpoint, samples: Tensor, windows: Tensor, settings:
     """Everything once and small: the original on a few windows, and block 0 with four steps. Prints a plan of the run.
 
     What would fail after a day fails here: a wrong tokenizer, a block that does not fit into the memory of the GPU."""
+    paths(settings.device.type)  # kernels that are yet to be compiled are so now, not while the clock runs
     n_blocks, vocab_size = checkpoint.config.num_hidden_layers, checkpoint.config.vocab_size
     few = windows[:4]
     value = perplexity(checkpoint, few, settings.device)

@@ -57,6 +57,7 @@ def ablations() -> dict[str, list[str]]:
         "gradient filtering": ["--tau 1e9", "--tau 0.5", "--tau 2", "--tau 4"],
         "mapping": ["--period 1", "--period 4", "--period 8", "--no-local"],
         "initialization": ["--n-rounds 0", "--n-ratios 1", "--n-ratios 50", "--no-importance"],
+        "error feedback": ["--feedback-passes 1", "--feedback-passes 2", "--feedback-passes 4"],
         "training": ["--no-learn-shift", "--level-rate 0", "--level-rate 0.005", "--mapping-rate 0.0025"]
         + ["--mapping-rate 0.01", "--original-input 0"],
         "calibration": ["--samples 16 --epochs 4", "--samples 128", "--epochs 2", "--epochs 4", "--epochs 8"],
