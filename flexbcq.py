@@ -197,7 +197,8 @@ def alternating_update(
 def uniform_range(w: Tensor, n_bits: int, ratio: float = 1.0, whole: bool = True) -> tuple[Tensor, Tensor]:
     """scale and zero_point, (n_groups, 1) each, of uniform levels over the range of each group shrunk by `ratio`.
 
-    whole: zero_point is an integer and the range includes 0, so that a weight of 0 stays 0, as RTN usually has it
+    whole: zero_point is an integer and the range includes 0, so that a weight of 0 stays 0, as RTN usually has it (once
+    packed, up to the rounding of alpha and shift to fp16)
 
     >>> uniform_range(torch.tensor([[-1.0, 0.0, 2.0]]), n_bits=2)
     (tensor([[1.]]), tensor([[1.]]))"""

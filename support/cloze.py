@@ -35,13 +35,13 @@ def read_items(path: Path, limit: int | None = None) -> list[dict]:
     items = []
     for file in files:
         try:
-            lines = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
+            lines = [line for line in file.read_text("utf-8").split("\n") if line.strip()]
             items += [json.loads(line) for line in lines[:limit]]
         except OSError as error:
             raise OSError(f"{file}: cannot read the items ({error.strerror})") from None
         except ValueError as error:
             raise ValueError(f"{file}: not a JSON object a line ({error})") from None
-    wrong = [item for item in items if not any(all(key in item for key in keys) for keys in KEYS)]
+    wrong = [x for x in items if not (isinstance(x, dict) and any(all(key in x for key in keys) for keys in KEYS))]
     if not items or wrong:
         raise ValueError(f"{path}: {str(wrong[:1])[1:61] or 'no items'}: not an item of a task, see support/cloze.py")
     return items

@@ -77,6 +77,7 @@ def test_mmlu_by_the_texts_of_the_answers(model, tmp_path):
     [
         ("", "not an item of a task"),
         ("{", "not a JSON object a line"),
+        ("7", "not an item of a task"),
         ('{"a": 1}', "not an item of a task"),
     ],
 )
