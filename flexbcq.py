@@ -339,7 +339,8 @@ def refit_levels(w: Tensor, hessian: Tensor, codes: Tensor, alpha: Tensor, shift
         # a little damping keeps the equations solvable where all weights agree in a bit
         diagonal = gram.diagonal(dim1=1, dim2=2)
         diagonal += 1e-5 * diagonal.mean(1, keepdim=True)
-        fitted.append(old + torch.linalg.solve(gram, residual).view_as(old).to(old.dtype))
+        change = torch.cholesky_solve(residual.unsqueeze(2), torch.linalg.cholesky(gram))
+        fitted.append(old + change.view_as(old).to(old.dtype))
     theta = torch.cat(fitted).flatten(0, 1)
     return theta[:, :-1], theta[:, -1:]
 
