@@ -108,8 +108,7 @@ def check_space(checkpoint: Checkpoint, settings: Settings, weights: int, bits: 
     # the new files, without those left by an interrupted run that we continue
     stored = checkpoint.file_size()
     if not settings.dequantized:
-        linear = checkpoint.n_bytes(lambda name: name.endswith("_proj.weight"))
-        stored += config.num_hidden_layers * weights * bits / 8 - linear
+        stored += config.num_hidden_layers * weights * bits / 8 - checkpoint.n_bytes(is_quantized)
     already_there = sum(file.stat().st_size for file in partial_folder(settings.out).glob("*"))
     needs = {f"--out {settings.out}": (stored - already_there, shutil.disk_usage(settings.out.parent).free)}
 

@@ -77,15 +77,15 @@ def choices(tokenizer: Tokenizer, subject: str, shots: list[list[str]], question
 
 def fitting_choices(
     tokenizer: Tokenizer, subject: str, shots: list[list[str]], question: list[str], seq_len: int
-) -> tuple[list[list[int]], int]:
-    """`choices` with as many shots as fit into seq_len, and how many those are. A question that does not fit even
-    without shots loses its beginning."""
+) -> tuple[list[list[int]], int, bool]:
+    """`choices` with as many shots as fit into seq_len, how many those are, and whether the question, which does not
+    fit even without shots, has lost its beginning."""
     for n in range(len(shots), -1, -1):
         answers = choices(tokenizer, subject, shots[:n], question)
         if max(map(len, answers)) <= seq_len:
             break
     too_long = max(0, max(map(len, answers)) - seq_len)
-    return [ids[too_long:] for ids in answers], n
+    return [ids[too_long:] for ids in answers], n, too_long > 0
 
 
 # ------------------------------------------------------------------------------------------------------- the answers
@@ -151,9 +151,8 @@ def accuracy(
     def pairs() -> Iterator[tuple[list[int], int]]:
         """The four answers of every question, from the first token that they do not share."""
         for subject, row in questions:
-            answers, n = fitting_choices(tokenizer, subject, shots[subject], row, seq_len)
+            answers, n, is_cut = fitting_choices(tokenizer, subject, shots[subject], row, seq_len)
             checkpoint.check_ids(torch.tensor(sum(answers, [])))
-            is_cut = n == 0 and max(map(len, choices(tokenizer, subject, [], row))) > seq_len
             asked.append((subject, row[5], n, is_cut))
             for ids in answers:
                 yield ids, len(os.path.commonprefix(answers))
