@@ -8,7 +8,7 @@ A weight passes three stations:
 
     transform   v  = w / (scale * s_elem * s_row) + zero_point
     map         q  = the level nearest to v,  levels = { sum_i alpha_i b_i + shift : b in {-1, +1}^n_bits }
-    back        w^ = scale * s_row * (q - zero_point)
+    back        w^ = scale * (q - zero_point)
 
 With alpha = 2^(n_bits-2), .., 1, 1/2 and shift = (2^n_bits - 1) / 2 the levels are the integers 0 .. 2^n_bits - 1 and
 the map is round-and-clip: a uniform quantizer. Learning the levels makes it a BCQ, learning the factors s (they move a
@@ -20,8 +20,6 @@ weight to another level without moving the levels) makes it FlexRound, learning 
 
 Any of them may start with error feedback, where the columns of a weight make up for each other's errors; rtn with it is
 known as gptq. Whatever was learned, `fold` turns it into plain BCQ: w^ = sum_i alpha*_i b_i + shift*.
-
-differs: in the paper s_row is in the transform only. Here it is on the way back too, a second factor of scale.
 
     in the literature              here             shape
     Delta, z_U                     scale, zero_point (n_groups, 1)
@@ -269,7 +267,7 @@ def damped(hessian: Tensor, share: float = 0.01) -> Tensor:
 
 def upper_root(hessian: Tensor) -> Tensor:
     """R, upper triangular, with hessian = R R^T: the Cholesky factor seen from the last column."""
-    return torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)
+    return torch.linalg.cholesky(hessian.flip(-2, -1)).flip(-2, -1)
 
 
 def dequantize(codes: Tensor, alpha: Tensor, shift: Tensor) -> Tensor:
@@ -374,6 +372,37 @@ def into_cells(w: Tensor, codes: Tensor, alpha: Tensor, shift: Tensor) -> Tensor
     return torch.where(is_inside, w, dequantize(codes, alpha, shift))
 
 
+def round_levels(codes: Tensor, alpha: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha and shift rounded to fp16, one after the other, each making up for the errors of those before (ours).
+
+    codes: (n_groups, group_size), alpha: (n_groups, n_bits), shift: (n_groups, 1)
+    That is `error_feedback` with n_bits + 1 columns for a group: its weights are q = F theta, so an error e of theta
+    costs e F^T F e^T. Without it a large alpha, rounded coarsely, would move all weights that share its sign."""
+    features = F.pad(sign_patterns(alpha.shape[1], alpha), (0, 1), value=1.0).double()  # (2^n_bits, n_bits + 1)
+    rounded = []
+    for code, *parts in chunks(codes, alpha, shift):
+        # the largest first: the smallest has the finest steps, and the last word
+        theta = torch.cat(parts, 1).double()
+        order = theta.abs().argsort(1, descending=True)
+        theta = theta.gather(1, order)
+
+        # F^T F from the number of weights of each code
+        counts = theta.new_zeros(len(code), len(features))
+        counts.scatter_add_(1, code.long(), torch.ones_like(code, dtype=theta.dtype))
+        f = features.T[order]  # (n_groups, n_bits + 1, 2^n_bits)
+        gram = (f * counts.unsqueeze(1)) @ f.transpose(1, 2)
+        root = upper_root(gram + 1e-6 * code.shape[1] * torch.eye(theta.shape[1], device=code.device))
+
+        error, stored = torch.zeros_like(theta), torch.empty_like(theta)
+        for k in range(theta.shape[1]):
+            fed = (error[:, :k] * root[:, :k, k]).sum(1) / root[:, k, k]
+            stored[:, k] = (theta[:, k] + fed).half()
+            error[:, k] = theta[:, k] - stored[:, k]
+        rounded.append(torch.empty_like(stored).scatter_(1, order, stored))
+    theta = torch.cat(rounded).to(alpha.dtype)
+    return theta[:, :-1], theta[:, -1:]
+
+
 # ------------------------------------------------------------------------------------------------- the quantizer
 
 
@@ -384,29 +413,29 @@ class Quantize(torch.autograd.Function):
     with the codes held fixed (Bengio et al. 2013). Where |v - q| > tau * min |alpha_i| the level is too far away for
     that to be true and nothing flows, neither to v nor to the levels (gradient filtering; with tau = 1 and uniform
     levels, just after a mapping, these are exactly the clipped weights).
-    With scale already multiplied by its learned factors, u = v - zero_point = w / (scale * s_elem) and g = dL/dw^:
+    With divisor = scale * s_row, u = v - zero_point = w / (divisor * s_elem) and g = dL/dw^:
 
-        g_v            = g * scale                                  where not filtered, else 0
+        g_v            = g * scale                       where not filtered, else 0
         dL/dlog s_elem = -g_v * u
-        dL/dscale      = (sum(g * w^) - sum(g_v * u)) / scale       sums over the group
-        dL/dalpha_i    = sum(g_v * b_i),   dL/dshift = sum(g_v)
+        dL/ddivisor    = -sum(g_v * u) / divisor         sums over the group
+        dL/dscale      =  sum(g * w^) / scale            of the way back; that of the transform is in the divisor's
+        dL/dalpha_i    =  sum(g_v * b_i),   dL/dshift = sum(g_v)
 
     What is kept for the backward pass and as large as the weight exists anyway: w, log_s_elem, codes and w^."""
 
     @staticmethod
     def forward(
-        ctx, w: Tensor, scale: Tensor, zero_point: Tensor, log_s_elem: Tensor | None, alpha: Tensor, shift: Tensor,
-        codes: Tensor, tau: float,
+        ctx, w: Tensor, divisor: Tensor, scale: Tensor, zero_point: Tensor, log_s_elem: Tensor | None, alpha: Tensor,
+        shift: Tensor, codes: Tensor, tau: float,
     ) -> Tensor:  # fmt: skip
-        """w, log_s_elem: (n_groups, group_size); codes: the same, uint8; zero_point, shift: (n_groups, 1)
-        scale: (n_groups, 1), already multiplied by the learned factors of group and row; alpha: (n_groups, n_bits)
-        Returns w^ like w, in scale's dtype."""
+        """w, log_s_elem: (n_groups, group_size); codes: the same, uint8; alpha: (n_groups, n_bits); divisor, scale,
+        zero_point, shift: (n_groups, 1). Returns w^ like w, in scale's dtype."""
         values = scale * (levels(alpha, shift) - zero_point)  # of each code
         quantized = torch.empty_like(codes, dtype=values.dtype)
         for out, value, code in chunks(quantized, values, codes):
             torch.gather(value, 1, code.long(), out=out)
 
-        ctx.save_for_backward(w, scale, log_s_elem, alpha, codes, quantized)
+        ctx.save_for_backward(w, divisor, scale, log_s_elem, alpha, codes, quantized)
         ctx.tau = tau
         return quantized
 
@@ -415,19 +444,23 @@ class Quantize(torch.autograd.Function):
         """g: dL/dw^. Returns the gradients of the arguments of `forward`, None for those that are constants."""
         g_log_s = torch.empty_like(g)  # as large as the weight, so it is filled in place
         sums = []
-        for out, g_part, w, scale, log_s_elem, alpha, codes, quantized in chunks(g_log_s, g, *ctx.saved_tensors):
-            u = transform(w, scale, log_s_elem)
-            sums.append(gradients(g_part, u, scale, alpha, codes, quantized, ctx.tau, out))
+        for out, g_part, w, divisor, scale, log_s_elem, alpha, codes, quantized in chunks(
+            g_log_s, g, *ctx.saved_tensors
+        ):
+            u = transform(w, divisor, log_s_elem)
+            sums.append(gradients(g_part, u, divisor, scale, alpha, codes, quantized, ctx.tau, out))
 
-        g_scale, g_alpha, g_shift = map(torch.cat, zip(*sums))
-        return None, g_scale, None, g_log_s if ctx.needs_input_grad[3] else None, g_alpha, g_shift, None, None
+        g_divisor, g_scale, g_alpha, g_shift = map(torch.cat, zip(*sums))
+        g_log_s = g_log_s if ctx.needs_input_grad[4] else None
+        return None, g_divisor, g_scale, None, g_log_s, g_alpha, g_shift, None, None
 
 
 def gradients(
-    g: Tensor, u: Tensor, scale: Tensor, alpha: Tensor, codes: Tensor, quantized: Tensor, tau: float, g_log_s: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The formulas of `Quantize` for some groups. Writes dL/dlog s_elem to g_log_s; returns those of scale, alpha and
-    shift. g, u, codes, quantized, g_log_s: (n_groups, group_size); scale, alpha as in `Quantize`."""
+    g: Tensor, u: Tensor, divisor: Tensor, scale: Tensor, alpha: Tensor, codes: Tensor, quantized: Tensor, tau: float,
+    g_log_s: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The formulas of `Quantize` for some groups. Writes dL/dlog s_elem to g_log_s; returns those of divisor, scale,
+    alpha and shift. g, u, codes, quantized, g_log_s: (n_groups, group_size); the rest as in `Quantize`."""
     # what flows through the map: nothing where the level is too far away
     g_v = g * scale
     distance = (quantized / scale).sub_(u).abs_()  # |q - v|
@@ -439,15 +472,16 @@ def gradients(
     plus = [(g_v * ((codes >> (n_bits - 1 - i)) & 1)).sum(1, keepdim=True) for i in range(n_bits)]
     g_alpha = 2 * torch.cat(plus, 1) - g_shift
 
-    # the mapping
+    # the mapping, and the way back
     torch.mul(g_v, u, out=g_log_s).neg_()
-    g_scale = ((g * quantized).sum(1, keepdim=True) + g_log_s.sum(1, keepdim=True)) / scale
-    return g_scale, g_alpha, g_shift
+    g_divisor = g_log_s.sum(1, keepdim=True) / divisor
+    g_scale = (g * quantized).sum(1, keepdim=True) / scale
+    return g_divisor, g_scale, g_alpha, g_shift
 
 
-def transform(w: Tensor, scale: Tensor, log_s_elem: Tensor | None) -> Tensor:
-    """u = w / (scale * s_elem), all as in `Quantize.forward`; v is u + zero_point."""
-    return w / scale if log_s_elem is None else torch.exp(-log_s_elem).mul_(w).div_(scale)
+def transform(w: Tensor, divisor: Tensor, log_s_elem: Tensor | None) -> Tensor:
+    """u = w / (divisor * s_elem), all as in `Quantize.forward`; v is u + zero_point."""
+    return w / divisor if log_s_elem is None else torch.exp(-log_s_elem).mul_(w).div_(divisor)
 
 
 class FlexBCQLinear(nn.Module):
@@ -522,15 +556,19 @@ class FlexBCQLinear(nn.Module):
         return [p for p in (self.alpha, self.shift) if p.requires_grad]
 
     def full_scale(self) -> Tensor:
-        """(n_groups, 1): scale times the learned factors of the group and of the row it lies in."""
-        if self.log_scale is None:
+        """(n_groups, 1): scale times its learned factor."""
+        return self.scale if self.log_scale is None else self.scale * torch.exp(self.log_scale)
+
+    def divisor(self) -> Tensor:
+        """(n_groups, 1): the scale of each group times s_row of the row it lies in."""
+        if self.log_s_row is None:
             return self.scale
         log_s_row = self.log_s_row.repeat_interleave(len(self.w) // self.shape[0], dim=0)
-        return self.scale * torch.exp(self.log_scale + log_s_row)
+        return self.full_scale() * torch.exp(log_s_row)
 
     def v(self) -> Tensor:
         """(n_groups, group_size): the weights after the transform, in units of the levels."""
-        return transform(self.w, self.full_scale(), self.log_s_elem).add_(self.zero_point)
+        return transform(self.w, self.divisor(), self.log_s_elem).add_(self.zero_point)
 
     @torch.no_grad()
     def remap(self, local: bool = True) -> None:
@@ -547,7 +585,7 @@ class FlexBCQLinear(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """w^, (out_features, in_features) float, differentiable in the parameters."""
-        parameters = self.full_scale(), self.zero_point, self.log_s_elem, self.alpha, self.shift
+        parameters = self.divisor(), self.full_scale(), self.zero_point, self.log_s_elem, self.alpha, self.shift
         return Quantize.apply(self.w, *parameters, self.codes, self.tau).view(self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -556,8 +594,7 @@ class FlexBCQLinear(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The composition theorem: scale * (sum_i alpha_i b_i + shift - zero_point) = sum_i alpha*_i b_i + shift*. The
-        learned factors of group and row are in scale.
+        """The composition theorem: scale * (sum_i alpha_i b_i + shift - zero_point) = sum_i alpha*_i b_i + shift*.
 
         Returns codes (out, in), alpha* (out, in/group_size, n_bits) and shift* (out, in/group_size); scale, zero_point,
         s_elem and s_row are gone.
@@ -574,7 +611,9 @@ class FlexBCQLinear(nn.Module):
 
     def pack(self) -> BCQLinear:
         """The layer as it ships: bit-planes, alpha and shift in fp16, and the bias."""
-        packed = BCQLinear.from_codes(*self.fold())
+        codes, alpha, shift = self.fold()
+        rounded = round_levels(self.codes, alpha.flatten(0, 1), shift.flatten().unsqueeze(1))
+        packed = BCQLinear.from_codes(codes, *(x.view_as(exact) for x, exact in zip(rounded, (alpha, shift))))
         packed.bias = None if self.bias is None else nn.Parameter(self.bias, requires_grad=False)
         return packed
 

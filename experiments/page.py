@@ -196,7 +196,7 @@ def parameter_table() -> str:
     """The parameters of a layer of SmolLM2's MLP, counted in the modules themselves."""
     rows = [("", "per weight, a row", "per weight, groups of 64", "learning rate", "after the fold")]
     layers = [FlexBCQLinear(torch.randn(1536, 576), 3, size, n_ratios=1, n_rounds=1) for size in (-1, 64)]
-    fate = {"alpha": "3 in fp16", "shift": "1 in fp16", "log_scale": "in alpha, shift", "log_s_row": "in alpha, shift"}
+    fate = {"alpha": "3 in fp16", "shift": "1 in fp16", "log_scale": "in alpha, shift"}
     for name, _ in layers[0].named_parameters():
         learned = [getattr(layer, name).numel() / layer.w.numel() for layer in layers]
         rate = Settings.level_rate if name in ("alpha", "shift") else Settings.mapping_rate

@@ -16,10 +16,12 @@ from flexbcq import (
     levels,
     nearest,
     nearest_nearby,
+    round_levels,
     sign_patterns,
     uniform_levels,
     uniform_range,
 )
+from kernel import BCQLinear
 
 torch.manual_seed(0)
 
@@ -240,9 +242,9 @@ def test_local_mapping_is_the_direct_one_when_moves_are_small():
 # ------------------------------------------------------------------------------------------------------ gradient
 
 
-def plain_formula(w, scale, zero_point, log_s_elem, alpha, shift, codes, tau):
+def plain_formula(w, divisor, scale, zero_point, log_s_elem, alpha, shift, codes, tau):
     """The quantizer in operations that autograd knows; q + (v - v.detach()) is the straight-through estimator."""
-    v = w / (scale * torch.exp(log_s_elem)) + zero_point
+    v = w / (divisor * torch.exp(log_s_elem)) + zero_point
     q = levels(alpha, shift).gather(1, codes.long()) + (v - v.detach())
     too_far = (v - q).abs() > tau * alpha.abs().amin(1, keepdim=True)
     q = torch.where(too_far, q.detach(), q)
@@ -254,13 +256,14 @@ def test_backward_by_hand_is_autograd_of_the_plain_formula(n_bits, tau):
     torch.manual_seed(n_bits)
     w = random_groups(7, 64, torch.float64)
     alpha, shift = (x.double() for x in crossing_levels(7, n_bits))
-    leaves = [torch.rand(7, 1).double() + 0.5, torch.randn(7, 64).double() * 0.3, alpha, shift]
+    divisor, scale = torch.rand(2, 7, 1).double() + 0.5
+    leaves = [divisor, scale, torch.randn(7, 64).double() * 0.3, alpha, shift]
     zero_point, codes = torch.randn(7, 1).double(), torch.randint(2**n_bits, w.shape).to(torch.uint8)
     gradient, results = torch.randn_like(w), []
     for function in (Quantize.apply, plain_formula):
-        scale, log_s_elem, alpha, shift = (x.clone().requires_grad_() for x in leaves)
-        y = function(w, scale, zero_point, log_s_elem, alpha, shift, codes, tau)
-        results.append((y, *torch.autograd.grad(y, (scale, log_s_elem, alpha, shift), gradient)))
+        divisor, scale, *others = inputs = [x.clone().requires_grad_() for x in leaves]
+        y = function(w, divisor, scale, zero_point, *others, codes, tau)
+        results.append((y, *torch.autograd.grad(y, inputs, gradient)))
     for ours, expected in zip(*results):
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
@@ -354,6 +357,61 @@ def test_training_on_correlated_inputs_beats_looking_at_the_weights_alone():
             optimizer.step()
         losses[method] = (layer(x) - x @ weight.T).square().mean().item()
     assert max(losses["flexround"], losses["flexbcq"]) < 0.5 * losses["bcq"] < losses["rtn"]
+
+
+# ------------------------------------------------------------------------------------------------------- rounding
+
+
+def rounded_one_by_one(codes, alpha, shift):
+    """The textbook form, one group: round the largest to fp16, fit the rest by dense least squares, and so on."""
+    f = torch.cat((sign_patterns(alpha.shape[1], alpha), torch.ones(2 ** alpha.shape[1], 1)), 1).double()[
+        codes[0].long()
+    ]
+    theta = torch.cat((alpha, shift), 1)[0].double()
+    q, left = f @ theta, theta.abs().argsort(descending=True).tolist()
+    while left:
+        rest = torch.linalg.lstsq(f[:, left], q[:, None], driver="gelsd").solution
+        value = rest[0].half().double()
+        theta[left[0]] = value
+        q = q - f[:, left.pop(0)] * value
+    return theta
+
+
+@pytest.mark.parametrize("n_bits", (1, 2, 3, 4, 6))
+def test_levels_are_rounded_one_by_one_each_making_up_for_those_before(n_bits):
+    torch.manual_seed(n_bits)
+    for _ in range(20):
+        codes = torch.randint(2**n_bits, (1, 256)).to(torch.uint8)
+        alpha, shift = torch.rand(1, n_bits) * 2.0 ** torch.arange(n_bits), torch.randn(1, 1)
+        ours = torch.cat(round_levels(codes, alpha, shift), 1)[0].double()
+        torch.testing.assert_close(ours, rounded_one_by_one(codes, alpha, shift), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("ratio", (300, 870))
+def test_a_large_weight_does_not_move_its_row_when_levels_become_fp16(ratio):
+    torch.manual_seed(0)
+    w = torch.randn(16, 4096) * 0.02
+    w[:, 7] = -0.02 * ratio * (1 + 0.3 * torch.rand(16))
+    layer = FlexBCQLinear(w, 4, learn_mapping=False, n_ratios=3)
+    codes, alpha, shift = layer.fold()
+    exact, packed, plain = (
+        layer.quantized_weight(),
+        layer.pack().dequantize(),
+        BCQLinear.from_codes(codes, alpha, shift),
+    )
+    moved, moved_plain = ((x - exact)[:, 8:].mean(1).abs().mean() for x in (packed, plain.dequantize()))
+    assert moved < 0.5 * moved_plain
+
+
+def test_codes_that_agree_in_a_bit_and_zeros_are_rounded_to_finite_levels():
+    for codes in (torch.zeros(2, 64), torch.tensor([[0, 5] * 32, [7] * 64])):
+        alpha, shift = torch.rand(2, 3) + 0.1, torch.randn(2, 1)
+        q, stored = (
+            levels(*x).gather(1, codes.long()) for x in ((alpha, shift), round_levels(codes.byte(), alpha, shift))
+        )
+        torch.testing.assert_close(stored, q, rtol=1e-3, atol=1e-3)
+    layer = FlexBCQLinear(torch.zeros(32, 64), 3, 64, learn_mapping=False, learn_levels=False)
+    assert not layer.pack().dequantize().any()
 
 
 # ------------------------------------------------------------------------------------------------------ bad input
