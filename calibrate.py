@@ -36,7 +36,9 @@ from support import parallel
 from support.checkpoint import Checkpoint, whole_file, write_json
 from support.command import guarded, named
 from support.data import batches, empty_activations, load_texts
+from support.finish import finish
 from support.plan import (
+    check_finish,
     check_layers,
     check_space,
     check_weights,
@@ -48,7 +50,7 @@ from support.plan import (
     stored_bits,
 )
 from support.resume import REPORT, dequantize_blocks, read_block, resumable, write_block, write_rest
-from support.settings import Settings, add_options
+from support.settings import PAPER, Settings, add_options
 
 N_LINEARS = 7  # in a block: q, k, v, o, gate, up, down
 SAME_INPUT = {  # layer -> another that is fed with the same
@@ -192,7 +194,7 @@ def quantize_layers(
             tau=settings.tau,
             bias=linear.bias,
             hessian=hessians[name] if hessians else None,
-            n_passes=settings.n_passes if hessians else 0,
+            n_passes=settings.feedback_passes if hessians else 0,
         )
         if not settings.learn_shift:
             quantizer.shift.requires_grad_(False)
@@ -290,7 +292,7 @@ def quantize_block(
     # what the original block answers, and what its layers see
     with input_squares(linears(block) if settings.importance else {}) as importance:
         run_block(block, x.original, x.rope, out=x.target)
-    hessians = input_hessians(block, x.quantized, x.rope) if settings.n_passes else None
+    hessians = input_hessians(block, x.quantized, x.rope) if settings.feedback_passes else None
 
     # levels and codes to start with
     initializing = time.perf_counter()
@@ -396,14 +398,14 @@ def measure_baselines(checkpoint: Checkpoint, windows: Tensor, settings: Setting
         perplexities["original"] = perplexity(checkpoint, windows, settings.device, label="original")
 
     def round_to_nearest(block: Block, i: int) -> None:
-        rtn = replace(settings, method="rtn", feedback_passes=0)
+        rtn = replace(settings, method="rtn", feedback_passes=0, finish_steps=0)
         pack_layers(block, quantize_layers(checkpoint, block, i, rtn))
 
     if "rtn" not in perplexities and settings.method != "rtn":
         perplexities["rtn"] = perplexity(checkpoint, windows, settings.device, round_to_nearest, "rtn")
 
 
-def finish(checkpoint: Checkpoint, windows: Tensor, settings: Settings, folder: Path, report: dict) -> None:
+def complete(checkpoint: Checkpoint, windows: Tensor, settings: Settings, folder: Path, report: dict) -> None:
     """All blocks are there: write the rest of the files, measure what was written, complete the report.
 
     The perplexity is that of the files, read back."""
@@ -430,20 +432,24 @@ def run(settings: Settings) -> None:
     checkpoint, settings = resolve(settings)
     weights, bits = check_layers(checkpoint, settings)
     check_space(checkpoint, settings, weights, bits)
+    settings = check_finish(checkpoint, settings, weights)
     check_weights(checkpoint, settings)
-    samples, windows, eval_name = load_texts(checkpoint, settings)
+    samples, others, windows, eval_name = load_texts(checkpoint, settings)
     rehearse(checkpoint, samples, windows, settings)
     if settings.dry_run:
         return
 
-    texts = {"calibration text": samples, "evaluation text": windows}
+    texts = {"calibration text": torch.cat((samples, others)), "evaluation text": windows}
     with resumable(settings, checkpoint, texts) as (folder, report):
-        start -= sum(record["seconds"] for record in report["blocks"])  # of earlier runs
+        earlier = [*report["blocks"], report.get("finish", {"seconds": 0})]
+        start -= sum(record["seconds"] for record in earlier)
         if parallel.rank() == 0 and settings.baselines:
             measure_baselines(checkpoint, windows, settings, report["perplexity"])
         calibrate(checkpoint, samples, settings, folder, report)
+        if settings.finish_steps:
+            finish(checkpoint, others, settings, folder, report)
         if parallel.rank() == 0:
-            finish(checkpoint, windows, settings, folder, report)
+            complete(checkpoint, windows, settings, folder, report)
             report |= {"text": eval_name, "eval_seq_len": settings.eval_seq_len, "eval_windows": len(windows)}
             report |= {"seconds": time.perf_counter() - start}
             report |= {"cpu_seconds": time.process_time()}  # without those of killed processes
@@ -458,11 +464,12 @@ def run(settings: Settings) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Quantize a Llama (a Hugging Face folder) and write it as a packed checkpoint folder.",
-        epilog="Training follows the paper, except that the shift is trained too. The initialization weights errors by "
-        "the inputs of a layer and tries 10 clipping ratios (paper: 50).",
+        epilog="The training of a block follows the paper; what surrounds it is ours, and --paper leaves it out.",
     )
+    preset = "--n-ratios 50 --no-importance --no-learn-shift --feedback-passes 0 --finish-steps 0"
+    parser.add_argument("--paper", action="store_const", const=PAPER, default={}, help=f"the paper's method: {preset}")
     add_options(parser, Settings)
-    guarded(lambda args: run(Settings(**vars(args))), parser)
+    guarded(lambda args: run(Settings(**args.paper | {k: v for k, v in vars(args).items() if k != "paper"})), parser)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from support.checkpoint import Checkpoint
 from support.hub import TEXTS, named_text
-from support.settings import Settings
+from support.settings import HELD_OUT, Settings
 
 
 def standard_library_text(held_out: bool) -> str:
@@ -156,8 +156,9 @@ def resolve_seq_len(asked: int | None, checkpoint: Checkpoint, option: str = "--
     return asked or min(2048, context)
 
 
-def load_texts(checkpoint: Checkpoint, settings: Settings) -> tuple[Tensor, Tensor, str]:
-    """Calibration samples (samples, seq_len), evaluation windows (n_windows, eval_seq_len) and the name of their text.
+def load_texts(checkpoint: Checkpoint, settings: Settings) -> tuple[Tensor, Tensor, Tensor, str]:
+    """Calibration samples (samples, seq_len), others for the finish (HELD_OUT + finish_steps * batch_size, seq_len),
+    evaluation windows (n_windows, eval_seq_len) and the name of their text.
 
     Samples start at random places. Without an evaluation text the last tenth of the calibration text is kept for
     evaluation; of the standard library it is every sixth window of the held-out files."""
@@ -175,13 +176,14 @@ def load_texts(checkpoint: Checkpoint, settings: Settings) -> tuple[Tensor, Tens
 
     ids = tokenize(tokenizer, text, name, seq_len)
     generator = torch.Generator().manual_seed(settings.seed)
-    starts = torch.randint(len(ids) - seq_len + 1, (settings.samples,), generator=generator).tolist()
-    samples = torch.stack([ids[start : start + seq_len] for start in starts])
+    n_finish = settings.finish_steps and HELD_OUT + settings.finish_steps * settings.batch_size
+    starts = torch.randint(len(ids) - seq_len + 1, (settings.samples + n_finish,), generator=generator).tolist()
+    drawn = torch.stack([ids[start : start + seq_len] for start in starts])
 
     windows = cut(tokenize(tokenizer, eval_text, eval_name, eval_seq_len), eval_seq_len)
     if not settings.text and not settings.eval_text:
         windows = windows[::6]
-    return samples, windows[: settings.eval_windows], eval_name
+    return drawn[: settings.samples], drawn[settings.samples :], windows[: settings.eval_windows], eval_name
 
 
 def empty_activations(shape: tuple[int, ...], folder: Path | None) -> Tensor:

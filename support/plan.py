@@ -127,6 +127,26 @@ def check_space(checkpoint: Checkpoint, settings: Settings, weights: int, bits: 
             )
 
 
+def check_finish(checkpoint: Checkpoint, settings: Settings, weights: int) -> Settings:
+    """Print what the finish needs in the memory of the device; the settings without it if there is less.
+
+    weights: to quantize in a block. Measured: the rest, one block with its activations, is within what blocks need"""
+    if not settings.finish_steps:
+        return settings
+    config = checkpoint.config
+    group_size = config.hidden_size if settings.group_size == -1 else settings.group_size
+    per_weight = 1 + 16 * (settings.bits + 1) / group_size  # a code; four floats for each alpha and shift
+    needed = config.num_hidden_layers * weights * per_weight
+    needed += 4 * config.num_hidden_layers * settings.seq_len * config.hidden_size
+    total = peak_and_total(settings.device)[1]
+
+    print(f"--finish-steps {settings.finish_steps}: {needed / 1e9:.3f} GB of {total / 1e9:.1f} GB, beside one block")
+    if needed < total:
+        return settings
+    print("that is more than there is: without the finish")
+    return replace(settings, finish_steps=0)
+
+
 def peak_bytes() -> int:
     """Peak resident memory of this process, in bytes; where the system keeps no record of it, what it has now."""
     try:

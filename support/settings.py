@@ -20,6 +20,8 @@ from support.command import default_device
 TINY = Path(__file__).parent.parent / "models" / "tiny"
 METAVAR = {int: "N", float: "X", Path: "PATH"}
 FOUND = "cuda if there is one, else cpu"
+HELD_OUT = 8  # samples that decide which state the finish keeps
+PAPER = {"n_ratios": 50, "importance": False, "learn_shift": False, "feedback_passes": 0, "finish_steps": 0}
 
 
 def option(section: str, default: Any, text: str, low: float = -math.inf, high: float = math.inf, **more: Any):
@@ -44,7 +46,7 @@ DECISIVE = {"quantization", "calibration", "switches, for ablations"}  # section
 class Settings:
     """How calibrate.py quantizes. None: depends on the model or the machine, `plan.resolve` fills it in.
 
-    As in the paper, but for learn_shift, n_ratios and importance. Raises ValueError for a number out of its range."""
+    Settings(**PAPER) are those of the paper. Raises ValueError for a number out of its range."""
 
     model: Path = files(TINY, "folder, or org/name[@revision] on Hugging Face", shown="the bundled models/tiny")
     out: Path | None = files(None, "new folder to write", shown="MODEL-METHOD-BITSbit, here")
@@ -72,7 +74,13 @@ class Settings:
     n_ratios: int = switch(10, "clipping ratios that the initialization tries", 1)
     n_rounds: int = switch(15, "rounds of alternating update per ratio (0: keep uniform levels, like rtn)", 0)
     importance: bool = switch(True, "weight the errors of the initialization by the inputs of each layer")
-    feedback_passes: int = switch(0, "after the initialization, passes of error feedback (gptq: at least 1)", 0)
+    feedback_passes: int | None = switch(
+        None, "passes of error feedback after the initialization", 0, shown="2 for bcq and flexbcq, 1 for gptq, else 0"
+    )
+    finish_steps: int | None = switch(
+        None, "steps of end-to-end training of all alpha and shift at the end", 0, shown="64 for flexbcq, else 0"
+    )
+    finish_rate: float = switch(1e-3, "their learning rate, in units of each group's mean alpha", 0, 1)
 
     text: Path | None = files(
         None, "UTF-8 file to calibrate on, or wikitext2 or c4 (training split)", shown="the Python standard library"
@@ -92,13 +100,15 @@ class Settings:
 
     def __post_init__(self):
         check_ranges(self)
-        if self.method == "rtn" and self.feedback_passes:
-            raise ValueError("--method rtn --feedback-passes: rtn with error feedback is --method gptq")
+        passes, steps = {"gptq": (1, 0), "bcq": (2, 0), "flexbcq": (2, 64)}.get(self.method, (0, 0))
+        for name, default in (("feedback_passes", passes), ("finish_steps", steps)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)  # frozen, but not yet for others to see
 
-    @property
-    def n_passes(self) -> int:
-        """Passes of error feedback."""
-        return max(self.feedback_passes, int(self.method == "gptq"))
+        if (self.method == "gptq") > self.feedback_passes or self.method == "rtn" and self.feedback_passes:
+            raise ValueError("--feedback-passes: gptq is rtn with error feedback, and rtn is gptq without")
+        if self.finish_steps and not WITH_GPTQ[self.method][1]:
+            raise ValueError(f"--finish-steps {self.finish_steps}: the levels of {self.method} are not trained")
 
     @property
     def is_trained(self) -> bool:

@@ -1,0 +1,211 @@
+"""The finish: alpha and shift of all layers trained together, against the logits of the original model (ours).
+
+A block is trained to repeat what the original block does; what remains adds up from block to block. So at the end, with
+the codes fixed, all levels of the model are trained end to end on other samples than the blocks were (as scales are in
+EfficientQAT, Chen et al. 2025, but towards the original's logits). The loss is the Kullback-Leibler divergence
+
+    KL = mean over tokens of  sum_v p_v (log p_v - log q_v)      p: the original's probabilities, q: those of the model
+
+In memory are all blocks with a byte for each weight and 4 (n_bits + 1) floats for each group; of a step, the input of
+every block for one sequence, and one block with its activations: the forward pass keeps no graph, and the backward pass
+computes each block once more.
+"""
+
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from eval import run_blocks
+from flexbcq import levels, round_levels
+from kernel import BCQLinear, from_tiles, unpack
+from llama import Block, rope_tables
+from support import parallel
+from support.checkpoint import Checkpoint, write_json
+from support.command import named
+from support.resume import REPORT, read_block, write_block
+from support.settings import HELD_OUT, Settings
+
+HEAD_TOKENS = 512  # whose logits are in memory at a time
+
+
+class FixedCodesLinear(nn.Module):
+    """A packed layer whose levels can be trained while its codes stay.
+
+    codes: (n_groups, group_size) uint8
+    unit:  (n_groups, 1), the mean |alpha| of each group
+    theta: (n_groups, n_bits + 1), alpha and shift in this unit, so that one learning rate suits all groups"""
+
+    def __init__(self, packed: BCQLinear):
+        super().__init__()
+        out, self.shape = packed.out_features, (packed.out_features, packed.in_features)
+        alpha = torch.stack([from_tiles(plane, out) for plane in packed.alpha], dim=-1)  # (out, groups, n_bits)
+        theta = torch.cat((alpha, from_tiles(packed.shift, out).unsqueeze(-1)), dim=-1).flatten(0, 1).float()
+        unit = theta[:, :-1].abs().mean(1, keepdim=True).clamp(min=1e-8)
+        self.register_buffer("codes", unpack(packed.bit_planes, out).view(-1, packed.group_size))
+        self.register_buffer("unit", unit)
+        self.register_buffer("bias", packed.bias)
+        self.theta = nn.Parameter(theta / unit)
+
+    def levels(self) -> tuple[Tensor, Tensor]:
+        """alpha (n_groups, n_bits) and shift (n_groups, 1)."""
+        theta = self.unit * self.theta
+        return theta[:, :-1], theta[:, -1:]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in_features) -> (..., out_features)."""
+        return F.linear(x, levels(*self.levels()).gather(1, self.codes.long()).view(self.shape), self.bias)
+
+    @torch.no_grad()
+    def pack(self) -> BCQLinear:
+        """The layer as it ships."""
+        alpha, shift = (x.unflatten(0, (self.shape[0], -1)) for x in round_levels(self.codes, *self.levels()))
+        packed = BCQLinear.from_codes(self.codes.view(self.shape), alpha, shift.squeeze(-1))
+        packed.bias = None if self.bias is None else nn.Parameter(self.bias, requires_grad=False)
+        return packed
+
+
+def swap(block: Block, old: type, new: Callable[[nn.Module], nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Put new(layer) in the place of every layer of type `old`; yields the new ones with their names."""
+    for name, module in list(block.named_modules()):
+        if isinstance(module, old):
+            block.set_submodule(name, new(module))
+            yield name, block.get_submodule(name)
+
+
+# ------------------------------------------------------------------------------------------------------------ one step
+
+
+def inputs_and_output(blocks: list[Block], x: Tensor, rope: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """The input of every block, and the output of the last. x: (batch, seq_len, hidden_size)."""
+    states = [x]
+    with torch.no_grad():
+        for block in blocks:
+            states.append(block(states[-1], *rope))
+    return states
+
+
+def divergence(head: nn.Module, x: Tensor, original: Tensor) -> Iterator[Tensor]:
+    """The KL above in parts that add up to it. x, original: (seq_len, hidden_size), what the head gets.
+
+    The first token is left out: it has no context, and in many models it is a massive activation that would own the
+    sum."""
+    for part, wanted in zip(x[1:].split(HEAD_TOKENS), original[1:].split(HEAD_TOKENS)):
+        log_q, log_p = head(part).log_softmax(-1), head(wanted).log_softmax(-1)
+        yield F.kl_div(log_q, log_p, log_target=True, reduction="sum") / (len(x) - 1)
+
+
+def step(blocks: list[Block], head: nn.Module, x: Tensor, original: Tensor, rope: tuple[Tensor, Tensor]) -> None:
+    """Add the gradient of the divergence to every theta.
+
+    x: (1, seq_len, hidden_size), embeddings; original: (seq_len, hidden_size), what the head of the original gets"""
+    *inputs, last = inputs_and_output(blocks, x, rope)
+
+    # the head leaves its gradient at the end of the last block
+    last.requires_grad_()
+    for part in divergence(head, last[0], original):
+        part.backward()
+
+    # from the last block to the first: compute it again, this time with a graph, and pass the gradient on
+    gradient = last.grad
+    for block, x in zip(reversed(blocks), reversed(inputs)):
+        x.requires_grad_()
+        block(x, *rope).backward(gradient)
+        gradient = x.grad
+
+
+@torch.no_grad()
+def mean_divergence(
+    blocks: list[Block], head: nn.Module, x: Tensor, original: Tensor, rope: tuple[Tensor, Tensor]
+) -> float:
+    """Over samples. x, original: (samples, seq_len, hidden_size), on the host."""
+    loss, device = 0.0, rope[0].device
+    for embedded, wanted in zip(x, original):
+        last = inputs_and_output(blocks, embedded[None].to(device), rope)[-1][0]
+        loss += sum(part.item() for part in divergence(head, last, wanted.to(device)))
+    return loss / len(x)
+
+
+# --------------------------------------------------------------------------------------------------------- all of them
+
+
+def train_levels(
+    checkpoint: Checkpoint, blocks: list[Block], samples: Tensor, held_out: Tensor, settings: Settings
+) -> list[float]:
+    """Adam on the divergence; its rate rises over an eighth of the steps and falls to 0 as a cosine. Changes the packed
+    layers of `blocks` in place.
+
+    checkpoint: the original; blocks: all of the quantized model, on the device
+    samples, held_out: (samples, seq_len) int64, the shares of this process; a step takes one of the samples, in order
+    Of the states at the start and after each quarter of the steps, the best on held_out stays: never worse than before.
+    Returns their divergences."""
+    device = settings.device
+    rope, head = rope_tables(checkpoint.config, samples.shape[1], device), checkpoint.head(device=device)
+    x, x_held_out = checkpoint.embed(samples), checkpoint.embed(held_out)
+    target, target_held_out = run_blocks(checkpoint, samples, device), run_blocks(checkpoint, held_out, device)
+
+    thetas = [layer.theta for block in blocks for _, layer in swap(block, BCQLinear, FixedCodesLinear)]
+    optimizer = torch.optim.Adam(thetas, lr=settings.finish_rate, betas=(0.9, 0.95), fused=True)
+    n = settings.finish_steps
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda t: min(1, (t + 1) * 8 / n) * (1 + math.cos(math.pi * t / n)) / 2
+    )
+
+    def measure() -> float:
+        return parallel.mean(mean_divergence(blocks, head, x_held_out, target_held_out, rope))
+
+    losses, best = [measure()], [theta.detach().clone() for theta in thetas]
+    for t in (bar := tqdm(range(n), desc="finish", unit="step")):
+        i = t % len(samples)
+        step(blocks, head, x[i : i + 1].to(device), target[i].to(device), rope)
+        parallel.average(theta.grad for theta in thetas)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+        # at the end of each quarter: is this the best state so far? (a loss of NaN is not)
+        if (t + 1) * 4 // n > t * 4 // n:
+            losses.append(measure())
+            bar.set_postfix_str(f"divergence {losses[0]:.4f} -> {losses[-1]:.4f}")
+            if losses[-1] < min(losses[:-1]):
+                best = [theta.detach().clone() for theta in thetas]
+
+    with torch.no_grad():
+        for theta, kept in zip(thetas, best):
+            theta.copy_(kept)
+    return losses
+
+
+def finish(checkpoint: Checkpoint, ids: Tensor, settings: Settings, folder: Path, report: dict) -> None:
+    """Read all blocks back, train their levels, and write them again, unless the report says that it was done.
+
+    ids: (HELD_OUT + samples, seq_len); the new files replace the old ones only when all are there, so that a run which
+    is killed at any moment starts from the blocks, or from what is finished"""
+    staged, start = folder / "finish", time.perf_counter()
+    if "finish" not in report:
+        blocks = []
+        for i in range(checkpoint.config.num_hidden_layers):
+            blocks.append(checkpoint.block(i, device=settings.device))
+            for name, layer in read_block(checkpoint, i, folder, settings).items():
+                blocks[i].set_submodule(name, layer.to(settings.device))
+        held_out, samples = parallel.share(ids[:HELD_OUT]), parallel.share(ids[HELD_OUT:])
+        losses = train_levels(checkpoint, blocks, samples, held_out, settings)
+
+        if parallel.rank() == 0:
+            staged.mkdir(exist_ok=True)
+            for i, block in enumerate(blocks):
+                with named(f"model.layers.{i}"):
+                    write_block(checkpoint, i, dict(swap(block, FixedCodesLinear, FixedCodesLinear.pack)), staged)
+        report["finish"] = {"divergence": losses, "seconds": time.perf_counter() - start}
+
+    if parallel.rank() == 0:
+        write_json(folder / REPORT, report)
+        for file in sorted(staged.glob("*.safetensors")):
+            file.replace(folder / file.name)
+        shutil.rmtree(staged, ignore_errors=True)
