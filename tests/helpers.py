@@ -78,4 +78,5 @@ def contents(folder):
     del report["seconds"], report["cpu_seconds"], report["peak_bytes"]
     for block in report["blocks"]:
         del block["seconds"], block["initializing"], block["training"]
+    report.get("finish", {}).pop("seconds", None)
     return files | report
