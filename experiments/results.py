@@ -5,7 +5,7 @@
 
 smollm2 is a Hugging Face folder; wikitext-2 holds wiki.valid.tokens (calibration) and wiki.test.raw (evaluation). A
 measurement is one call of calibrate.py with the options that the page shows. Each is kept in experiments/results.json
-as soon as it is there and made only once, so this can be stopped and started again.
+as soon as it is there and made only once, so this can be stopped and started again, or run twice at the same time.
 """
 
 import argparse
@@ -18,11 +18,13 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
+from typing import Iterator
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from tqdm import tqdm
 
 from calibrate import Activations, quantize_layers, train_block
@@ -106,21 +108,34 @@ def measure_step(model: Path, device: str) -> dict[str, float]:
     return milliseconds | {"machine": machine(device, torch.get_num_threads())}
 
 
-def measure_all(
-    store: dict, model: Path | None, data: Path | None, device: str, n_jobs: int, n_runs: int | None
-) -> None:
-    """Fill the store with what it lacks, at most n_runs, n_jobs of them side by side."""
-    if model and "step" not in store:
-        store["step"] = measure_step(model, device)
+def read_store() -> dict:
+    """All measurements made so far."""
+    return json.loads(page.STORE.read_text("utf-8")) if page.STORE.exists() else {"runs": {}}
+
+
+@contextmanager
+def changing_store() -> Iterator[dict]:
+    """The store as it is on the disk, written back at the end; meanwhile other jobs and processes wait to change it."""
+    with FileLock(page.STORE.with_suffix(".lock")):
+        store = read_store()
+        yield store
         write_json(page.STORE, store)
 
-    lock, threads = Lock(), max(1, os.cpu_count() // n_jobs)
+
+def measure_all(model: Path | None, data: Path | None, device: str, n_jobs: int, n_runs: int | None) -> None:
+    """Fill the store with what it lacks, at most n_runs, n_jobs of them side by side."""
+    store, threads = read_store(), max(1, os.cpu_count() // n_jobs)
+    if model and "step" not in store:
+        step = measure_step(model, device)
+        with changing_store() as store:
+            store["step"] = step
 
     def keep(chosen: str) -> None:
+        if chosen in read_store()["runs"]:
+            return  # another process has made it since
         record = measure(chosen, model, data, device, threads)
-        with lock:
+        with changing_store() as store:
             store["runs"][chosen] = record
-            write_json(page.STORE, store)
 
     missing = [chosen for chosen in page.wanted(with_model=bool(model)) if chosen not in store["runs"]][:n_runs]
     with ThreadPoolExecutor(n_jobs) as pool:
@@ -133,8 +148,6 @@ def measure_all(
 
 
 def run(args: argparse.Namespace) -> None:
-    store = json.loads(page.STORE.read_text("utf-8")) if page.STORE.exists() else {"runs": {}}
-
     # what was asked for
     model, data = (path and path.resolve() for path in (args.model, args.data))  # the runs start in another folder
     if model:
@@ -145,7 +158,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--jobs {args.jobs} --runs {args.runs}: at least 1 job and 0 runs")
     check_device(args.device)
 
-    measure_all(store, model, data, args.device, args.jobs, args.runs)
+    measure_all(model, data, args.device, args.jobs, args.runs)
+    store = read_store()
     if lacking := set(page.with_original()) - store["runs"].keys():
         raise OSError(f"{page.STORE}: too few runs for a page; make {min(lacking)} first (of SmolLM2: --model, --data)")
     page.write_page(store)

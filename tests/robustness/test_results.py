@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
 
@@ -122,6 +124,41 @@ def test_what_runs_beside_one_that_fails_is_kept(small, tmp_path, monkeypatch):
     (tmp_path / "results.json").write_text('{"runs": {}, "step": {}}')
     assert call(results.main, *small).err.strip().endswith("error: no luck")
     assert second in json.loads((tmp_path / "results.json").read_text())["runs"]
+
+
+def test_two_processes_on_one_store_keep_what_each_has_measured(small, tmp_path, monkeypatch):
+    """Another process finishes a run while this one is measuring."""
+    first, second = page.wanted()[:2]
+    store = tmp_path / "results.json"
+    store.write_text('{"runs": {}, "step": {}}')
+    asked = []
+
+    def measure(chosen, *_):
+        asked.append(chosen)
+        with results.changing_store() as theirs:
+            theirs["runs"][second] = {"by": "the other"}
+        return {"by": "this one"}
+
+    monkeypatch.setattr(results, "measure", measure)
+    call(results.main, *small[:4], "--jobs", 1, "--runs", 2)
+    assert json.loads(store.read_text())["runs"] == {first: {"by": "this one"}, second: {"by": "the other"}}
+    assert asked == [first]
+
+
+def test_jobs_and_processes_change_the_store_one_after_the_other(tmp_path):
+    """Three processes, each with four threads, add what they have measured at the same time."""
+    store = tmp_path / "results.json"
+    program = (
+        "import sys; from concurrent.futures import ThreadPoolExecutor; from pathlib import Path\n"
+        "from experiments import page, results\n"
+        f"page.STORE = Path({str(store)!r})\n"
+        "def add(i):\n"
+        "    with results.changing_store() as found: found['runs'][f'{sys.argv[1]} {i}'] = i\n"
+        "list(ThreadPoolExecutor(4).map(add, range(40)))"
+    )
+    adding = [subprocess.Popen([sys.executable, "-c", program, str(n)]) for n in range(3)]
+    assert [process.wait() for process in adding] == [0, 0, 0]
+    assert len(json.loads(store.read_text())["runs"]) == 120
 
 
 def test_missing_texts_are_named(toy, tmp_path):
