@@ -6,7 +6,8 @@
 
 For each decoder block: initialize its quantizers; train them so that the block, fed with what the quantized blocks
 before it produce, returns what the original model returns there; pack it. (Block by block as in BRECQ, Li et al. 2021;
-half of the inputs from the original model as in QDrop, Wei et al. 2022.)
+half of the inputs from the original model as in QDrop, Wei et al. 2022.) At the end all levels of the model are
+trained together, see support/finish.py.
 
 In memory are one block with its quantizers and, on the host, three sets of activations, (samples, seq_len,
 hidden_size) in bf16; for error feedback, the block's Hessians too. Arithmetic is in float32. How a run that was killed

@@ -18,8 +18,9 @@ weight to another level without moving the levels) makes it FlexRound, learning 
     mapping fixed       rtn             bcq
     mapping learned     flexround       flexbcq
 
-Any of them may start with error feedback, where the columns of a weight make up for each other's errors; rtn with it is
-known as gptq. Whatever was learned, `fold` turns it into plain BCQ: w^ = sum_i alpha*_i b_i + shift*.
+Any of them may start with error feedback, where the columns of a weight make up for each other's errors (bcq and
+flexbcq do, unless told otherwise); rtn with it is known as gptq. Whatever was learned, `fold` turns it into plain BCQ:
+w^ = sum_i alpha*_i b_i + shift*.
 
     in the literature              here             shape
     Delta, z_U                     scale, zero_point (n_groups, 1)

@@ -2,30 +2,39 @@
 
 import math
 import statistics
-from itertools import product
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
-from flexbcq import METHODS, FlexBCQLinear
+from flexbcq import FlexBCQLinear
 from support.checkpoint import whole_file
 from support.settings import Settings
 
 ROOT = Path(__file__).parent.parent
-STORE, PLOT, PAGE = ROOT / "experiments" / "results.json", ROOT / "docs" / "ablation.png", ROOT / "RESULTS.md"
+STORE, PAGE = ROOT / "experiments" / "results.json", ROOT / "RESULTS.md"
+PLOT, PEERS = ROOT / "docs" / "ablation.png", ROOT / "docs" / "perplexity.png"
+TEXT = "wiki.test.joined.txt"  # the rows of the published test set, joined by blank lines
 SAMPLES, EPOCHS = 24, 2  # of a run on SmolLM2: their product is the number of steps a block
 SETTING = f"--samples {SAMPLES} --seq-len 512 --epochs {EPOCHS} --eval-seq-len 2048"  # on SmolLM2
 FEW, WHOLE = "--eval-windows 8 ", ""  # windows of the test set
 CELLS = [(bits, group_size) for group_size in (64, -1) for bits in (3, 4, 2)]
 MAIN = (3, 64)  # the cell that the original is measured with
-SEEDED = [MAIN, (4, 64)]  # cells with three seeds
-SEEDS = ["--seed 1", "--seed 2"]  # besides 0
-TRAINED = [method for method in METHODS if METHODS[method][0]]  # with a learned mapping
-TUNED = {(2, -1): "--mapping-rate 0.01", (4, 64): "--mapping-rate 0.0025"}  # cells also run with another rate
+METHODS = {  # column -> options
+    "rtn": "--method rtn",
+    "gptq": "--method gptq",
+    "bcq": "--method bcq",
+    "flexround": "--method flexround",
+    "paper": "--method flexbcq --paper",
+    "flexbcq": "--method flexbcq",
+}
+UNIFORM = {"rtn", "gptq", "flexround"}  # could be stored with a scale and a zero-point for each group
+SEEDS = ["--seed 1", "--seed 2"]  # besides 0, of the main cell
+STAGED = [MAIN, (2, 64)]  # cells whose stages are switched off one by one
+STAGES = ["--feedback-passes 0 --finish-steps 0", "--finish-steps 0", "--feedback-passes 0", "--finish-steps 256"]
 LONGER_SAMPLES, LONGER_EPOCHS = 64, 4  # cells also run with more steps
-LONGER = dict.fromkeys([(4, 64), MAIN, (2, 64)], f"--samples {LONGER_SAMPLES} --epochs {LONGER_EPOCHS}")
-ABLATED = "--samples 64"  # on the bundled model: a minute a run
+LONGER = f"--samples {LONGER_SAMPLES} --epochs {LONGER_EPOCHS}"
+ABLATED = "--samples 64"  # on the bundled model: a minute or two a run
 ABLATED_BITS = (2, 3)
 
 PUBLISHED = [
@@ -38,7 +47,7 @@ PUBLISHED = [
 
 def options(method: str, bits: int, group_size: int, windows: str = FEW, switch: str = "") -> str:
     """The command line of a run on SmolLM2, which is also its name in the store."""
-    return f"{SETTING} {windows}--method {method} --bits {bits} --group-size {group_size} {switch}".strip()
+    return f"{SETTING} {windows}{METHODS[method]} --bits {bits} --group-size {group_size} {switch}".strip()
 
 
 def ablation(bits: int, switch: str = "") -> str:
@@ -46,36 +55,37 @@ def ablation(bits: int, switch: str = "") -> str:
     return f"{ABLATED} --bits {bits} {switch}".strip()
 
 
-def with_original() -> list[str]:
-    """The runs that measure the original and rtn too."""
-    return [options("rtn", *MAIN), options("rtn", *MAIN, WHOLE), *map(ablation, ABLATED_BITS)]
+def required() -> list[str]:
+    """The runs without which there is no page; they measure the original too."""
+    return [options("rtn", *MAIN), *map(ablation, ABLATED_BITS)]
 
 
 def ablations() -> dict[str, list[str]]:
     """Question -> switches that answer it."""
     return {
+        "the paper": ["--paper"],
+        "initialization": ["--n-rounds 0", "--n-ratios 1", "--n-ratios 50", "--no-importance"],
+        "error feedback": ["--feedback-passes 0", "--feedback-passes 1", "--feedback-passes 4"],
         "gradient filtering": ["--tau 1e9", "--tau 0.5", "--tau 2", "--tau 4"],
         "mapping": ["--period 1", "--period 4", "--period 8", "--no-local"],
-        "initialization": ["--n-rounds 0", "--n-ratios 1", "--n-ratios 50", "--no-importance"],
-        "error feedback": ["--feedback-passes 1", "--feedback-passes 2", "--feedback-passes 4"],
-        "training": ["--no-learn-shift", "--level-rate 0", "--level-rate 0.005", "--mapping-rate 0.0025"]
-        + ["--mapping-rate 0.01", "--original-input 0"],
-        "calibration": ["--samples 16 --epochs 4", "--samples 128", "--epochs 2", "--epochs 4", "--epochs 8"],
+        "training": ["--no-learn-shift", "--level-rate 0", "--mapping-rate 0.0025", "--mapping-rate 0.01"]
+        + ["--original-input 0", "--epochs 4"],
+        "finish": ["--finish-steps 0", "--finish-steps 16", "--finish-steps 256"],
     }
 
 
 def wanted(with_model: bool = True) -> list[str]:
-    """The command lines of all runs, or only of those on the bundled model."""
+    """The command lines of all runs, or only of those on the bundled model; what matters most comes first."""
     switches = ["", *SEEDS, *(switch for group in ablations().values() for switch in group)]
     bundled = [ablation(bits, switch) for bits in ABLATED_BITS for switch in switches]
+    if not with_model:
+        return bundled
+
     table = [options(method, *cell) for cell in CELLS for method in METHODS]
-    whole = [options(method, *cell, WHOLE) for cell in CELLS for method in reversed(METHODS)]
-    seeds = [
-        options(method, *cell, FEW, seed) for cell in SEEDED for seed in SEEDS for method in METHODS if method != "rtn"
-    ]
-    others = [*TUNED.items(), *LONGER.items()]
-    changed = [options(method, *cell, FEW, switch) for cell, switch in others for method in TRAINED]
-    return bundled + (table + whole + seeds + changed) * with_model
+    stages = [options("flexbcq", *cell, FEW, stage) for stage in STAGES for cell in STAGED]
+    seeds = [options(method, *MAIN, FEW, seed) for seed in SEEDS for method in METHODS if method != "rtn"]
+    whole = [options("rtn", *MAIN, WHOLE), *(options("flexbcq", *cell, WHOLE) for cell in CELLS)]
+    return table + bundled + stages + whole + seeds + [options("flexbcq", *MAIN, FEW, LONGER)]
 
 
 # --------------------------------------------------------------------------------------------------------- writing it
@@ -88,19 +98,31 @@ def lines(*rows: tuple) -> str:
 
 
 def perplexity(runs: dict, chosen: str, model: str) -> float | None:
-    """What one run measured for "original" or a method; None if it did not."""
-    return runs[chosen]["perplexity"].get(model) if chosen in runs else None
+    """What one run measured for "original" or a column of the table; None if it did not."""
+    return runs[chosen]["perplexity"].get("flexbcq" if model == "paper" else model) if chosen in runs else None
 
 
-def values(runs: dict, cell: tuple[int, int], windows: str) -> dict[str, list[float]]:
+def values(runs: dict, cell: tuple[int, int]) -> dict[str, list[float]]:
     """Perplexities of a row of the table, by method: one for each seed that all methods were measured with. rtn draws
     nothing at random and has one value."""
-    complete = [s for s in SEEDS if all(options(m, *cell, windows, s) in runs for m in METHODS if m != "rtn")]
+    complete = [s for s in SEEDS if all(options(m, *cell, FEW, s) in runs for m in METHODS if m != "rtn")]
     by_method = {}
     for method in METHODS:
-        measured = [perplexity(runs, options(method, *cell, windows, seed), method) for seed in ("", *complete)]
+        measured = [perplexity(runs, options(method, *cell, FEW, seed), method) for seed in ("", *complete)]
         by_method[method] = [value for value in measured if value is not None]
     return by_method
+
+
+def stored_bits(method: str, bits: int, group_size: int, planes: float) -> float:
+    """Bits per weight in the most compact of the usual formats: a uniform method needs a scale in fp16 and a whole
+    zero-point for each group, k + (16 + k) / group_size; planes: what it takes as bit-planes.
+
+    >>> stored_bits("rtn", 3, 64, 4.0), stored_bits("bcq", 3, 64, 4.0)
+    (3.296875, 4.0)"""
+    if method not in UNIFORM:
+        return planes
+    group = 16 * (bits + 1) / (planes - bits) if group_size == -1 else group_size  # the mean of a row
+    return bits + (16 + bits) / group
 
 
 def rounded(value: float) -> str:
@@ -129,19 +151,19 @@ def name_of(bits: int, group_size: int) -> str:
 def main_table(runs: dict) -> str:
     """Perplexities, the lowest of a complete row in bold, and a sentence on which method has it and how clearly."""
     rows, margins = [("perplexity", "bits per weight", *METHODS)], []
-    for windows, cell in product((FEW, WHOLE), sorted(CELLS, reverse=True)):
-        by_method = values(runs, cell, windows)
+    for cell in sorted(CELLS, reverse=True):
+        by_method = values(runs, cell)
         means = {method: statistics.mean(v) for method, v in by_method.items() if v}
         if not means:
             continue
 
-        name = name_of(*cell) + (", whole test set" if windows == WHOLE else "")
         best = None
         if len(means) == len(METHODS):
             best, second, *_ = sorted(means, key=means.get)
-            margins.append((means[second] / means[best] - 1, name, best, second, by_method))
-        bits = runs[options(next(iter(means)), *cell, windows)]["bits_per_weight"]
-        rows.append((name, f"{bits:.2f}", *(shown(by_method[m], m == best) for m in METHODS)))
+            margins.append((means[second] / means[best] - 1, name_of(*cell), best, second, by_method))
+        planes = runs[options(next(iter(means)), *cell)]["bits_per_weight"]
+        bits = f"{planes:.2f} ({stored_bits('rtn', *cell, planes):.2f})"
+        rows.append((name_of(*cell), bits, *(shown(by_method[m], m == best) for m in METHODS)))
 
     if not margins:
         return lines(*rows)
@@ -152,18 +174,32 @@ def main_table(runs: dict) -> str:
     seeds = "the one seed" if len(pairs) == 1 else f"{wins} of {len(pairs)} seeds"
     return f"""{lines(*rows)}
 
-flexbcq is lowest in {won} of {len(margins)} rows. The narrowest margin is {margin:.1%}: {name},
+flexbcq is lowest in {won} of {len(margins)} complete rows. The narrowest margin is {margin:.1%}: {name},
 {best} before {second} with {seeds}."""
 
 
-def changed_table(runs: dict, switches: dict[tuple[int, int], str]) -> str:
-    """The trained methods without and with the switch of a cell, seed 0."""
-    rows = [("perplexity", "", *TRAINED)]
-    for cell, changed in switches.items():
-        for switch in ("", changed):
-            measured = [perplexity(runs, options(m, *cell, FEW, switch), m) for m in TRAINED]
-            rows.append((name_of(*cell), switch and f"`{switch}`", *(f"{x:.2f}" if x else "" for x in measured)))
+def stage_table(runs: dict) -> str:
+    """flexbcq without and with its stages, seed 0."""
+    rows = [("perplexity", "options", *(name_of(*cell) for cell in STAGED))]
+    blocks_only, fed, finished, long_finish = STAGES
+    named = [("blocks alone", blocks_only), ("feedback, blocks", fed), ("blocks, finish", finished)]
+    named += [("all three", ""), ("a longer finish", long_finish), ("longer blocks too", LONGER)]
+    for name, stage in named:
+        measured = [perplexity(runs, options("flexbcq", *cell, FEW, stage), "flexbcq") for cell in STAGED]
+        if any(measured):
+            rows.append((name, stage and f"`{stage}`", *(rounded(x) if x else "" for x in measured)))
     return lines(*rows)
+
+
+def whole_table(runs: dict) -> str:
+    """flexbcq on the whole test set, as far as it is measured."""
+    rows = [("perplexity, whole test set", "bits per weight", "flexbcq")]
+    for cell in sorted(CELLS, reverse=True):
+        chosen = options("flexbcq", *cell, WHOLE)
+        if chosen in runs:
+            bits = f"{runs[chosen]['bits_per_weight']:.2f}"
+            rows.append((name_of(*cell), bits, rounded(perplexity(runs, chosen, "flexbcq"))))
+    return lines(*rows) + "\n\n" if rows[1:] else ""
 
 
 def cost_table(runs: dict) -> str:
@@ -188,6 +224,8 @@ def ablation_table(runs: dict) -> str:
         for switch in switches:
             pairs = [ablated(runs, bits, switch) for bits in ABLATED_BITS]
             texts = ["" if math.isnan(value) else f"{value:.2f} ({share:+.1%})" for value, share in pairs]
+            if all(math.isnan(value) for value, _ in pairs):
+                continue
             rows.append((question, switch and f"`{switch}`", *(text.replace("-0.0%", "+0.0%") for text in texts)))
     return lines(*rows)
 
@@ -223,14 +261,40 @@ def plots(runs: dict) -> None:
         axes.legend()
     panels[0].sharey(panels[1])
     for bits, color in colors.items():
-        if run := runs.get(options("flexbcq", bits, -1)):
+        if run := runs.get(options("flexbcq", bits, MAIN[1])):
             shares = [(distance + 0.25 * (bits - 3), share) for distance, share in enumerate(run["moves"]) if share]
             panels[2].bar(*zip(*shares), width=0.22, color=color, label=f"{bits} bits")
     panels[2].set(xlabel="levels that a weight moved in training", ylabel="share of the weights", yscale="log")
-    panels[2].set(title="moves of the codes, SmolLM2, a row")
+    panels[2].set(title=f"moves of the codes, SmolLM2, groups of {MAIN[1]}")
     panels[2].xaxis.get_major_locator().set_params(integer=True)
     panels[2].legend()
     with whole_file(PLOT) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
+def peers_plot(runs: dict) -> None:
+    """Perplexity against the bits that are stored, each method in its own format."""
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    looks = dict(zip(METHODS, ("v:#999999", "^:#E69F00", "s:#56B4E9", "D:#009E73", "P--#CC79A7", "o-#D55E00")))
+    for method, look in looks.items():
+        points = []
+        for cell in CELLS:
+            if value := perplexity(runs, options(method, *cell), method):
+                planes = runs[options(method, *cell)]["bits_per_weight"]
+                points.append((stored_bits(method, *cell, planes), value))
+        if points:
+            marker, style, color = look[0], look[1:-7], look[-7:]
+            axes.plot(*zip(*sorted(points)), marker + style, color=color, label=method)
+    original = perplexity(runs, options("rtn", *MAIN), "original")
+    axes.axhline(original, color="black", linewidth=1, label="original, 16 bits")
+    axes.set(yscale="log", ylim=(original * 0.95, original * 10), xlabel="stored bits per weight")
+    axes.set(ylabel="perplexity", title="SmolLM2-135M, rows and groups of 64; what is above is beyond ten times")
+    axes.set_yticks([20, 25, 30, 40, 60, 100, 150], labels=[20, 25, 30, 40, 60, 100, 150])
+    axes.minorticks_off()
+    axes.legend()
+    axes.grid(alpha=0.3)
+    with whole_file(PEERS) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
 
 
@@ -240,6 +304,7 @@ def markdown(store: dict) -> str:
     first, bundled = runs[options("rtn", *MAIN)], [runs[ablation(bits)] for bits in ABLATED_BITS]
     machines = sorted({run["machine"] for run in runs.values()})
     few, whole = (perplexity(runs, options("rtn", *MAIN, windows), "original") for windows in (FEW, WHOLE))
+    on_all = f" ({whole:.2f} on the whole test set)" if whole else ""
     missing = len([chosen for chosen in wanted() if chosen not in runs])
     return f"""# Results
 
@@ -248,33 +313,35 @@ named here, kept in `experiments/results.json`.
 {f"{missing} of {len(wanted())} runs are still to be made." if missing else f"It shows {len(wanted())} runs."}
 
 SmolLM2-135M-Instruct (30 blocks, 106 million weights quantized; the copy at hand was a 4-bit GGUF file, widened to
-bf16) on WikiText-2: perplexity on the first {first["eval_windows"]} windows of 2,048 tokens of the test set. Calibrated
-on the validation set, every method on the same samples (rtn needs none):
+bf16) on WikiText-2: perplexity on the first {first["eval_windows"]} windows of 2,048 tokens of the test set, its rows
+joined by blank lines as GPTQ's loader does it. Calibrated on the validation set, every method on the same samples (rtn
+needs none):
 
-    python calibrate.py --model smollm2 --text wiki.valid.tokens --eval-text wiki.test.raw \\
+    python calibrate.py --model smollm2 --text wiki.valid.tokens --eval-text {TEXT} \\
         {SETTING} {FEW}\\
         --method METHOD --bits BITS --group-size SIZE
 
-flexround and flexbcq are trained, with the same {EPOCHS * SAMPLES} steps of one sequence of 512 tokens a block. That is
-2 % of the paper's 2,560, on sequences a quarter as long: a comparison, not the best that can be had. Seed 0; where a
-range is given, the mean of seeds 0, 1, 2.
-The copy of the test set that these runs used lacked its blank lines: on the text as published the original has 19.13
-where it has 18.93 here.
+A block is trained for {EPOCHS * SAMPLES} steps of one sequence of 512 tokens. That is 2 % of the paper's 2,560, on
+sequences a quarter as long: a comparison, not the best that can be had. Seed 0; where a range is given, the mean of
+seeds 0, 1, 2. The sha256 of `{TEXT}` is
+{store["sha256"]}.
 Measured on {"; ".join(machines)}; torch {first["versions"]["torch"]}.
 
-## The four methods
+## Side by side
+
+gptq is error feedback with uniform levels; bcq has error feedback and fitted levels, without training; flexround is
+trained with uniform levels; paper is `--method flexbcq --paper`, without what is ours. Bits are those of bit-planes, in
+brackets those that a uniform method takes in a format of its own.
 
 {main_table(runs)}
 
-The original has {few:.2f} ({whole:.2f} on the whole test set).
+The original has {few:.2f}{on_all}.
 
-With {LONGER_SAMPLES * LONGER_EPOCHS} steps a block, on {LONGER_SAMPLES} sequences, seed 0:
+![Perplexity against stored bits per weight](docs/perplexity.png)
 
-{changed_table(runs, LONGER)}
+{whole_table(runs)}Start, blocks and finish on their own:
 
-The learning rates above are the paper's. With another one for the mapping, seed 0:
-
-{changed_table(runs, TUNED)}
+{stage_table(runs)}
 
 What a run costs in processor time, checks and evaluation included:
 
@@ -282,8 +349,8 @@ What a run costs in processor time, checks and evaluation included:
 
 ## What each part of FlexBCQ contributes
 
-On the bundled model, one switch changed at a time: `python calibrate.py {ABLATED} --bits BITS SWITCH`, a minute each on
-a laptop. Perplexity, and how much higher it is than the default's. The original has
+On the bundled model, one switch changed at a time: `python calibrate.py {ABLATED} --bits BITS SWITCH`, a minute or two
+each. Perplexity, and how much higher it is than the default's. The original has
 {bundled[0]["perplexity"]["original"]:.2f}, rtn {" and ".join(f"{run['perplexity']['rtn']:.2f}" for run in bundled)}.
 The last two rows change the seed only: smaller differences than theirs are noise. `--n-rounds 0` starts from rtn's
 levels, with an integer zero-point.
@@ -314,6 +381,7 @@ What others publish for larger models at 3 bits (WikiText-2, windows of 2,048 to
 
 def write_page(store: dict) -> None:
     plots(store["runs"])
+    peers_plot(store["runs"])
     with whole_file(PAGE) as temporary:
         temporary.write_text(markdown(store), "utf-8", newline="\n")
     print(f"wrote {PAGE.name}")

@@ -3,12 +3,13 @@
     python -m experiments.results                                      # on the bundled model: the ablation
     python -m experiments.results --model smollm2 --data wikitext-2    # on SmolLM2-135M too: the four methods
 
-smollm2 is a Hugging Face folder; wikitext-2 holds wiki.valid.tokens (calibration) and wiki.test.raw (evaluation). A
+smollm2 is a Hugging Face folder; wikitext-2 holds wiki.valid.tokens and wiki.test.joined.txt (see page.TEXT). A
 measurement is one call of calibrate.py with the options that the page shows. Each is kept in experiments/results.json
 as soon as it is there and made only once, so this can be stopped and started again, or run twice at the same time.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -42,7 +43,8 @@ def machine(device: str, threads: int) -> str:
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
     plural = "thread" if threads == 1 else "threads"
-    return f"{names[0] if names else platform.processor()}, {threads} {plural}"
+    name = names[0] if names else platform.processor()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {threads} {plural}"
 
 
 def measure(chosen: str, model: Path | None, data: Path | None, device: str, threads: int) -> dict:
@@ -51,8 +53,9 @@ def measure(chosen: str, model: Path | None, data: Path | None, device: str, thr
     chosen: options of calibrate.py; model, data: for the runs on SmolLM2"""
     command = ["calibrate.py", "--device", device]
     if chosen.startswith(page.SETTING):
-        command += ["--model", model, "--text", data / "wiki.valid.tokens", "--eval-text", data / "wiki.test.raw"]
-    command += [*chosen.split(), "--baselines" if chosen in page.with_original() else "--no-baselines"]
+        command += ["--model", model, "--text", data / "wiki.valid.tokens", "--eval-text", data / page.TEXT]
+    with_original = chosen in (*page.required(), page.options("rtn", *page.MAIN, page.WHOLE))
+    command += [*chosen.split(), "--baselines" if with_original else "--no-baselines"]
 
     with tempfile.TemporaryDirectory() as folder:
         call([*command, "--out", Path(folder) / "out"], threads)
@@ -60,6 +63,7 @@ def measure(chosen: str, model: Path | None, data: Path | None, device: str, thr
 
     kept = ("perplexity", "bits_per_weight", "seconds", "cpu_seconds", "peak_bytes", "eval_windows", "versions")
     record = {key: report[key] for key in kept}
+    record |= {"divergence": report["finish"]["divergence"]} if "finish" in report else {}
     if "moves" in report["blocks"][0]:
         moves = zip(*(block["moves"] for block in report["blocks"]))
         record["moves"] = [statistics.mean(shares) for shares in moves]
@@ -126,9 +130,9 @@ def measure_all(model: Path | None, data: Path | None, device: str, n_jobs: int,
     """Fill the store with what it lacks, at most n_runs, n_jobs of them side by side."""
     store, threads = read_store(), max(1, os.cpu_count() // n_jobs)
     if model and "step" not in store:
-        step = measure_step(model, device)
+        step, digest = measure_step(model, device), hashlib.sha256((data / page.TEXT).read_bytes()).hexdigest()
         with changing_store() as store:
-            store["step"] = step
+            store |= {"step": step, "sha256": digest}
 
     def keep(chosen: str) -> None:
         if chosen in read_store()["runs"]:
@@ -151,7 +155,7 @@ def run(args: argparse.Namespace) -> None:
     # what was asked for
     model, data = (path and path.resolve() for path in (args.model, args.data))  # the runs start in another folder
     if model:
-        names = "wiki.valid.tokens", "wiki.test.raw"
+        names = "wiki.valid.tokens", page.TEXT
         if data is None or not all((data / name).is_file() for name in names):
             raise OSError(f"--data {args.data}: no folder with {' and '.join(names)}")
     if args.jobs < 1 or (args.runs or 0) < 0:
@@ -160,7 +164,7 @@ def run(args: argparse.Namespace) -> None:
 
     measure_all(model, data, args.device, args.jobs, args.runs)
     store = read_store()
-    if lacking := set(page.with_original()) - store["runs"].keys():
+    if lacking := set(page.required()) - store["runs"].keys():
         raise OSError(f"{page.STORE}: too few runs for a page; make {min(lacking)} first (of SmolLM2: --model, --data)")
     page.write_page(store)
 
@@ -169,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what RESULTS.md shows, as far as it is missing; write it.")
     add = parser.add_argument
     add("--model", type=Path, help="folder of SmolLM2-135M (default: measure the bundled model only)")
-    add("--data", type=Path, help="folder with wiki.valid.tokens and wiki.test.raw")
+    add("--data", type=Path, help=f"folder with wiki.valid.tokens and {page.TEXT}")
     add("--jobs", type=int, default=1, help="runs side by side, sharing the cores (default: %(default)s)")
     add("--runs", type=int, help="make only so many (default: all that are missing)")
     add("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (default: %(default)s)")

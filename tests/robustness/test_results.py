@@ -18,29 +18,25 @@ def test_the_page_is_what_the_records_say():
     assert page.PAGE.read_text("utf-8") == page.markdown(store)
 
 
-def test_the_six_rows_of_the_readme_are_those_of_the_page_on_the_whole_test_set():
-    rows = [line for line in page.PAGE.read_text("utf-8").splitlines() if ", whole test set |" in line]
-    readme = (page.ROOT / "README.md").read_text("utf-8").splitlines()
-    for row in rows:
-        assert row.replace(", whole test set", "") in readme
-    assert len(rows) == 6
+def test_the_table_of_the_readme_is_that_of_the_page():
+    table = page.main_table(json.loads(page.STORE.read_text("utf-8"))["runs"]).partition("\n\n")[0]
+    assert table in (page.ROOT / "README.md").read_text("utf-8")
 
 
 @pytest.fixture
 def small(toy, text, tmp_path, monkeypatch):
     """Command line options for a toy in place of both models, one cell and two ablations; writes to tmp_path."""
     shutil.copy(text, tmp_path / "wiki.valid.tokens")
-    shutil.copy(text, tmp_path / "wiki.test.raw")
+    shutil.copy(text, tmp_path / page.TEXT)
     short = "--samples 4 --seq-len 64 --epochs 1 --eval-seq-len 32"
     monkeypatch.setattr(page, "SETTING", short)
     monkeypatch.setattr(page, "ABLATED", f"--model {toy} --text {tmp_path / 'wiki.valid.tokens'} {short}")
     monkeypatch.setattr(page, "CELLS", [(3, -1)])
     monkeypatch.setattr(page, "MAIN", (3, -1))
-    monkeypatch.setattr(page, "SEEDED", [(3, -1)])
-    monkeypatch.setattr(page, "TUNED", {(3, -1): "--mapping-rate 0.01"})
-    monkeypatch.setattr(page, "LONGER", {(3, -1): "--samples 8"})
+    monkeypatch.setattr(page, "STAGED", [(3, -1)])
+    monkeypatch.setattr(page, "LONGER", "--samples 8")
     monkeypatch.setattr(page, "ablations", lambda: {"mapping": ["--period 1"], "filtering": ["--tau 1e9"]})
-    for name in ("STORE", "PLOT", "PAGE"):
+    for name in ("STORE", "PLOT", "PEERS", "PAGE"):
         monkeypatch.setattr(page, name, tmp_path / getattr(page, name).name)
     return ["--model", toy, "--data", tmp_path, "--jobs", 2]
 
@@ -50,7 +46,8 @@ def made_up(small):
     """A store with every run, flexbcq behind flexround; one ablation, with another seed, is worse than the others."""
     real = json.loads((page.ROOT / "experiments" / "results.json").read_text("utf-8"))
     record = next(run for run in real["runs"].values() if "moves" in run)
-    record |= {"perplexity": {"original": 1234.5, "rtn": 12.0, "bcq": 13.0, "flexround": 14.0, "flexbcq": 100.0}}
+    perplexities = {"original": 1234.5, "rtn": 12.0, "gptq": 12.5, "bcq": 13.0, "flexround": 14.0, "flexbcq": 100.0}
+    record |= {"perplexity": perplexities}
     runs = {chosen: record for chosen in page.wanted()}
     worse = page.ablation(2, "--seed 1")
     runs[worse] = record | {"perplexity": record["perplexity"] | {"flexbcq": 110.0}}
@@ -58,12 +55,12 @@ def made_up(small):
 
 
 def test_the_page_compares_the_runs(made_up):
-    assert len(page.wanted()) == 2 * (3 + 2) + 4 + 2 * 3 + 4 + 2 + 2
+    assert len(page.wanted()) == 6 + 2 * (3 + 2) + 4 + 2 + 2 * 5 + 1
     text = " ".join(page.markdown(made_up).split())
     assert "It shows " in text and "original has 1234.50, rtn 12.00 and 12.00." in text
-    assert "flexbcq is lowest in 0 of 2 rows." in text  # 14 of flexround is below 100
+    assert "flexbcq is lowest in 0 of 1 complete rows." in text  # 14 of flexround is below 100
     assert "| `--seed 1` | 110.00 (+10.0%) | 100.00 (+0.0%) |" in text
-    assert "| 3 bits, a row | `--mapping-rate 0.01` | 14.00 | 100.00 |" in text
+    assert "| feedback, blocks | `--finish-steps 0` | 100.0 |" in text
 
 
 def test_what_is_missing_is_measured_and_the_rest_is_kept(small, made_up, tmp_path):
@@ -82,18 +79,22 @@ def test_what_is_missing_is_measured_and_the_rest_is_kept(small, made_up, tmp_pa
 
 def test_too_few_runs_for_a_page_are_kept_and_the_next_is_named(small, tmp_path):
     result = call(results.main, *small, "--runs", 1)
-    lacking = min(set(page.with_original()) - {page.wanted()[0]})
+    lacking = min(set(page.required()) - {page.wanted()[0]})
     assert result.code == 2 and f"make {lacking} first" in result.err
     store = json.loads((tmp_path / "results.json").read_text())
     assert [*store["runs"]] == page.wanted()[:1] and "step" in store
-    assert [*store["runs"][page.wanted()[0]]["perplexity"]] == ["original", "rtn", "flexbcq"]
+    assert [*store["runs"][page.wanted()[0]]["perplexity"]] == ["original", "rtn"]
 
 
 def test_the_narrowest_margin_is_counted_seed_by_seed(monkeypatch):
     monkeypatch.setattr(page, "CELLS", [(3, 64)])
-    perplexities = {"rtn": [30], "bcq": [11, 11.5, 11], "flexround": [20, 20, 20], "flexbcq": [10, 12, 10]}
+    perplexities = {method: [20, 20, 20] for method in page.METHODS}
+    perplexities |= {"rtn": [30], "bcq": [11, 11.5, 11], "flexbcq": [10, 12, 10]}
     runs = {
-        page.options(method, 3, 64, page.FEW, seed): {"perplexity": {method: value}, "bits_per_weight": 4}
+        page.options(method, 3, 64, page.FEW, seed): {
+            "perplexity": {"flexbcq" if method == "paper" else method: value},
+            "bits_per_weight": 4,
+        }
         for method, found in perplexities.items()
         for seed, value in zip(["", *page.SEEDS], found)
     }
@@ -163,4 +164,4 @@ def test_jobs_and_processes_change_the_store_one_after_the_other(tmp_path):
 
 def test_missing_texts_are_named(toy, tmp_path):
     result = call(results.main, "--model", toy, "--data", tmp_path)
-    assert result.code == 2 and "no folder with wiki.valid.tokens and wiki.test.raw" in result.err
+    assert result.code == 2 and "no folder with wiki.valid.tokens and wiki.test.joined.txt" in result.err
