@@ -142,7 +142,8 @@ def train_levels(
     layers of `blocks` in place.
 
     checkpoint: the original; blocks: all of the quantized model, on the device
-    samples, held_out: (samples, seq_len) int64, the shares of this process; a step takes one of the samples, in order
+    samples, held_out: (samples, seq_len) int64, the shares of this process; a step takes its share of --batch-size, in
+    order
     Of the states at the start and after each quarter of the steps, the best on held_out stays: never worse than before.
     Returns their divergences."""
     device = settings.device
@@ -152,7 +153,7 @@ def train_levels(
 
     thetas = [layer.theta for block in blocks for _, layer in swap(block, BCQLinear, FixedCodesLinear)]
     optimizer = torch.optim.Adam(thetas, lr=settings.finish_rate, betas=(0.9, 0.95), fused=True)
-    n = settings.finish_steps
+    n, n_places = settings.finish_steps, settings.batch_size // parallel.world()
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda t: min(1, (t + 1) * 8 / n) * (1 + math.cos(math.pi * t / n)) / 2
     )
@@ -162,8 +163,9 @@ def train_levels(
 
     losses, best = [measure()], [theta.detach().clone() for theta in thetas]
     for t in (bar := tqdm(range(n), desc="finish", unit="step")):
-        i = t % len(samples)
-        step(blocks, head, x[i : i + 1].to(device), target[i].to(device), rope)
+        for place in range(n_places):
+            i = (t * n_places + place) % len(samples)
+            step(blocks, head, x[i : i + 1].to(device), target[i].to(device), rope)
         parallel.average(theta.grad for theta in thetas)
         optimizer.step()
         optimizer.zero_grad()
@@ -194,7 +196,9 @@ def finish(checkpoint: Checkpoint, ids: Tensor, settings: Settings, folder: Path
             blocks.append(checkpoint.block(i, device=settings.device))
             for name, layer in read_block(checkpoint, i, folder, settings).items():
                 blocks[i].set_submodule(name, layer.to(settings.device))
-        held_out, samples = parallel.share(ids[:HELD_OUT]), parallel.share(ids[HELD_OUT:])
+        held_out, samples = ids[:HELD_OUT], parallel.share(ids[HELD_OUT:])
+        if HELD_OUT % parallel.world() == 0:
+            held_out = parallel.share(held_out)
         losses = train_levels(checkpoint, blocks, samples, held_out, settings)
 
         if parallel.rank() == 0:

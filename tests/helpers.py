@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from support.resume import REPORT
 
-FEW_STEPS = "--samples 8 --epochs 2 --batch-size 2 --group-size 32 --finish-steps 4".split()  # of calibrate.py
+FEW_STEPS = ["--samples", "8", "--epochs", "2", "--batch-size", "2", "--group-size", "32"]  # of calibrate.py
 
 
 class Result(NamedTuple):

@@ -117,10 +117,10 @@ def test_same_seed_same_bytes_and_another_seed_other_bytes(packed, toy, text, tm
 @torch.inference_mode()
 def test_initialization_weighs_columns_by_the_inputs_they_meet(option, toy, text, tmp_path):
     """Block 0 as written by bcq, against what `FlexBCQLinear` makes of inputs computed here, layer by layer."""
-    options = ["--model", toy, "--text", text, "--bits", 2, "--method", "bcq", *FEW_STEPS, *option]
+    options = ["--model", toy, "--text", text, "--bits", 2, "--method", "bcq", "--feedback-passes", 0, *FEW_STEPS, *option]
     assert call(main, *options, "--out", tmp_path / "out").code == 0
     checkpoint = Checkpoint(toy)
-    settings = Settings(text=text, samples=8, seq_len=64, eval_seq_len=64, eval_windows=1)
+    settings = Settings(method="bcq", text=text, samples=8, seq_len=64, eval_seq_len=64, eval_windows=1)
     block, x = checkpoint.block(0), checkpoint.embedding(torch.bfloat16)(load_texts(checkpoint, settings)[0]).float()
     reads = {"self_attn.q_proj": block.input_layernorm(x)}
     x = x + block.self_attn(reads["self_attn.q_proj"], *rope_tables(checkpoint.config, 64))
@@ -159,7 +159,8 @@ def plain(written):
 @pytest.mark.parametrize(
     "switch",
     ["--mapping-rate 0.01", "--level-rate 0.01", "--period 1", "--no-local", "--tau 0.5", "--no-learn-shift"]
-    + ["--original-input 0", "--n-ratios 5", "--n-rounds 5", "--no-importance", "--feedback-passes 1"],
+    + ["--original-input 0", "--n-ratios 5", "--n-rounds 5", "--no-importance", "--feedback-passes 1"]
+    + ["--finish-steps 0", "--finish-rate 0.1"],
 )
 def test_every_switch_changes_what_is_written_and_is_on_record(switch, plain, written):
     name = switch.split()[0].removeprefix("--no-").removeprefix("--").replace("-", "_")
@@ -168,22 +169,44 @@ def test_every_switch_changes_what_is_written_and_is_on_record(switch, plain, wr
     assert block_1 != plain[1]
 
 
-@pytest.mark.parametrize(
-    "method, without, option",
-    [("gptq", "rtn", []), ("bcq", "bcq", ["--feedback-passes", 2]), ("flexbcq", "flexbcq", ["--feedback-passes", 2])],
-)
-def test_error_feedback_lowers_the_loss_and_is_on_record(method, without, option, packed, toy, text, tmp_path):
-    """Of block 0, on which both methods see the same inputs; the baseline rtn is without it."""
-    options = ["--model", toy, "--text", text, "--bits", 2, "--method", method, *option, *FEW_STEPS]
-    result = call(main, *options, "--out", tmp_path / "out")
+@pytest.mark.parametrize("method, without", [("gptq", "rtn"), ("bcq", "bcq"), ("flexbcq", "flexbcq")])
+def test_error_feedback_lowers_the_loss_and_is_on_record(method, without, packed, toy, text, tmp_path):
+    """Of block 0, on which both see the same inputs; the baseline rtn is without it."""
+    option = ["--method", "gptq"] if method == "gptq" else ["--method", method, "--feedback-passes", 0]
+    result = call(main, "--model", toy, "--text", text, "--bits", 2, *option, *FEW_STEPS, "--out", tmp_path / "out")
     assert result.code == 0, result.err
-    reports = [json.loads((f / "calibration.json").read_text()) for f in (tmp_path / "out", packed[without])]
+    folders = [tmp_path / "out", packed[without]] if method == "gptq" else [packed[method], tmp_path / "out"]
+    fed, plain = (json.loads((folder / "calibration.json").read_text()) for folder in folders)
     for loss in ("loss_before", "loss_after"):
-        assert reports[0]["blocks"][0][loss] < 0.98 * reports[1]["blocks"][0][loss]
-    assert reports[0]["perplexity"]["rtn"] == reports[1]["perplexity"]["rtn"]
+        assert fed["blocks"][0][loss] < 0.98 * plain["blocks"][0][loss]
+    assert fed["perplexity"]["rtn"] == plain["perplexity"]["rtn"]
+    passes = [report["settings"]["feedback_passes"] for report in (fed, plain)]
+    assert passes == [1 if method == "gptq" else 2, 0]
 
-    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert (config["method"], config["feedback_passes"]) == (method, 2 if option else 0)
+
+def test_the_preset_of_the_paper_removes_each_departure_and_leaves_the_rest(toy, text, tmp_path):
+    options = ["--model", toy, "--text", text, "--bits", 2, "--no-baselines", "--samples", 4, "--epochs", 1, "--paper"]
+    result = call(main, *options, "--group-size", 32, "--out", tmp_path / "out")
+    assert result.code == 0, result.err
+    report = json.loads((tmp_path / "out" / "calibration.json").read_text())
+    departures = {
+        "n_ratios": 50,  # ours: 10 clipping ratios
+        "importance": False,  # errors of the initialization count alike
+        "learn_shift": False,  # the shift is fitted, not trained
+        "feedback_passes": 0,
+        "finish_steps": 0,
+    }
+    ours = Settings()
+    for name, value in report["settings"].items():
+        if name in departures:
+            assert value == departures[name] != getattr(ours, name)
+        elif name not in ("bits", "samples", "seq_len", "epochs", "batch_size", "group_size"):
+            assert value == getattr(ours, name), name
+    assert "finish" not in report
+
+    overridden = call(main, *options, "--n-ratios", 3, "--group-size", 32, "--out", tmp_path / "other")
+    assert overridden.code == 0
+    assert json.loads((tmp_path / "other" / "calibration.json").read_text())["settings"]["n_ratios"] == 3
 
 
 def test_evaluation_has_a_window_and_a_length_of_its_own(toy, text, tmp_path):

@@ -16,7 +16,7 @@ from support.checkpoint import Checkpoint
 from support.finish import FixedCodesLinear, mean_divergence, step, swap, train_levels
 from support.settings import Settings
 
-SETTINGS = Settings(finish_steps=24, finish_rate=5e-3, device=torch.device("cpu"))
+SETTINGS = Settings(finish_steps=24, finish_rate=5e-3, batch_size=1, device=torch.device("cpu"))
 
 
 @pytest.fixture
@@ -103,14 +103,14 @@ def test_finish_lowers_the_divergence_and_changes_nothing_but_alpha_and_shift(qu
 def test_the_best_state_that_was_seen_stays_and_none_worse_than_the_first(quantized):
     checkpoint, blocks = quantized
     ids, held_out = random_ids(8, 32), random_ids(4, 32, seed=1)
-    rough = Settings(finish_steps=8, finish_rate=3e-2, device=torch.device("cpu"))
+    rough = Settings(finish_steps=8, finish_rate=3e-2, batch_size=1, device=torch.device("cpu"))
     losses = train_levels(checkpoint, blocks, ids, held_out, rough)
     packed_layers(blocks)
-    still = Settings(finish_steps=1, finish_rate=0.0, device=torch.device("cpu"))
+    still = Settings(finish_steps=1, finish_rate=0.0, batch_size=1, device=torch.device("cpu"))
     assert train_levels(checkpoint, blocks, ids, held_out, still)[0] == pytest.approx(min(losses), rel=1e-3)
 
     before = [layer.alpha.clone() for layer in packed_layers(blocks)]
-    ruinous = Settings(finish_steps=4, finish_rate=1.0, device=torch.device("cpu"))
+    ruinous = Settings(finish_steps=4, finish_rate=1.0, batch_size=1, device=torch.device("cpu"))
     losses = train_levels(checkpoint, blocks, ids, held_out, ruinous)
     assert losses[-1] > losses[0]
     for old, layer in zip(before, packed_layers(blocks)):
@@ -126,7 +126,19 @@ def runs(toy, text, tmp_path_factory):
     root = tmp_path_factory.mktemp("finish")
 
     def calibrate(name, *more):
-        options = ["--model", toy, "--text", text, "--bits", 2, "--no-baselines", *FEW_STEPS, *more]
+        options = [
+            "--model",
+            toy,
+            "--text",
+            text,
+            "--bits",
+            2,
+            "--no-baselines",
+            *FEW_STEPS,
+            "--finish-steps",
+            4,
+            *more,
+        ]
         result = call(main, *options, "--out", root / name)
         assert result.code == 0, result.err
         return root / name
@@ -166,7 +178,20 @@ def test_samples_of_the_blocks_are_the_same_with_and_without_a_finish(runs):
 
 def test_a_model_that_does_not_fit_is_quantized_without(toy, text, tmp_path, monkeypatch):
     monkeypatch.setattr("support.plan.peak_and_total", lambda device: (0, 1000))
-    options = ["--model", toy, "--text", text, "--bits", 2, "--no-baselines", *FEW_STEPS, "--out", tmp_path / "out"]
+    options = [
+        "--model",
+        toy,
+        "--text",
+        text,
+        "--bits",
+        2,
+        "--no-baselines",
+        *FEW_STEPS,
+        "--finish-steps",
+        4,
+        "--out",
+        tmp_path / "out",
+    ]
     result = call(main, *options)
     assert result.code == 0 and "more than there is: without the finish" in result.out
     report = json.loads((tmp_path / "out" / "calibration.json").read_text())
