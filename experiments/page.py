@@ -31,7 +31,15 @@ METHODS = {  # column -> options
 UNIFORM = {"rtn", "gptq", "flexround"}  # could be stored with a scale and a zero-point for each group
 SEEDS = ["--seed 1", "--seed 2"]  # besides 0, of the main cell
 STAGED = [MAIN, (2, 64)]  # cells whose stages are switched off one by one
-STAGES = ["--feedback-passes 0 --finish-steps 0", "--finish-steps 0", "--feedback-passes 0", "--finish-steps 256"]
+STAGES = {  # name -> method and switch
+    "blocks alone": ("flexbcq", "--feedback-passes 0 --finish-steps 0"),
+    "feedback alone": ("bcq", ""),
+    "feedback, blocks": ("flexbcq", "--finish-steps 0"),
+    "blocks, finish": ("flexbcq", "--feedback-passes 0"),
+    "feedback, finish": ("bcq", "--finish-steps 64"),
+    "all three": ("flexbcq", ""),
+    "with a longer finish": ("flexbcq", "--finish-steps 256"),
+}
 LONGER_SAMPLES, LONGER_EPOCHS = 64, 4  # cells also run with more steps
 LONGER = f"--samples {LONGER_SAMPLES} --epochs {LONGER_EPOCHS}"
 ABLATED = "--samples 64"  # on the bundled model: a minute or two a run
@@ -82,7 +90,7 @@ def wanted(with_model: bool = True) -> list[str]:
         return bundled
 
     table = [options(method, *cell) for cell in CELLS for method in METHODS]
-    stages = [options("flexbcq", *cell, FEW, stage) for stage in STAGES for cell in STAGED]
+    stages = [options(method, *cell, FEW, stage) for method, stage in STAGES.values() if stage for cell in STAGED]
     seeds = [options(method, *MAIN, FEW, seed) for seed in SEEDS for method in METHODS if method != "rtn"]
     whole = [options("rtn", *MAIN, WHOLE), *(options("flexbcq", *cell, WHOLE) for cell in CELLS)]
     return table + bundled + stages + whole + seeds + [options("flexbcq", *MAIN, FEW, LONGER)]
@@ -179,15 +187,13 @@ flexbcq is lowest in {won} of {len(margins)} complete rows. The narrowest margin
 
 
 def stage_table(runs: dict) -> str:
-    """flexbcq without and with its stages, seed 0."""
+    """Start, blocks and finish switched off in turn, seed 0."""
     rows = [("perplexity", "options", *(name_of(*cell) for cell in STAGED))]
-    blocks_only, fed, finished, long_finish = STAGES
-    named = [("blocks alone", blocks_only), ("feedback, blocks", fed), ("blocks, finish", finished)]
-    named += [("all three", ""), ("a longer finish", long_finish), ("longer blocks too", LONGER)]
-    for name, stage in named:
-        measured = [perplexity(runs, options("flexbcq", *cell, FEW, stage), "flexbcq") for cell in STAGED]
+    for name, (method, stage) in (STAGES | {"with longer blocks": ("flexbcq", LONGER)}).items():
+        measured = [perplexity(runs, options(method, *cell, FEW, stage), method) for cell in STAGED]
         if any(measured):
-            rows.append((name, stage and f"`{stage}`", *(rounded(x) if x else "" for x in measured)))
+            switch = f"`{METHODS[method]} {stage}`".replace(" `", "`")
+            rows.append((name, switch, *(rounded(x) if x else "" for x in measured)))
     return lines(*rows)
 
 

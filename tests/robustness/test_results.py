@@ -55,12 +55,12 @@ def made_up(small):
 
 
 def test_the_page_compares_the_runs(made_up):
-    assert len(page.wanted()) == 6 + 2 * (3 + 2) + 4 + 2 + 2 * 5 + 1
+    assert len(page.wanted()) == 6 + 2 * (3 + 2) + 5 + 2 + 2 * 5 + 1
     text = " ".join(page.markdown(made_up).split())
     assert "It shows " in text and "original has 1234.50, rtn 12.00 and 12.00." in text
     assert "flexbcq is lowest in 0 of 1 complete rows." in text  # 14 of flexround is below 100
     assert "| `--seed 1` | 110.00 (+10.0%) | 100.00 (+0.0%) |" in text
-    assert "| feedback, blocks | `--finish-steps 0` | 100.0 |" in text
+    assert "| feedback, blocks | `--method flexbcq --finish-steps 0` | 100.0 |" in text
 
 
 def test_what_is_missing_is_measured_and_the_rest_is_kept(small, made_up, tmp_path):
