@@ -14,6 +14,9 @@ hidden_size) in bf16; for error feedback, the block's Hessians too. Arithmetic i
 is resumed is told in support/resume.py, how several processes share the work in support/parallel.py.
 """
 
+if __name__ == "__main__":
+    import support.interrupt  # noqa: F401 (from here on Ctrl-C is one line)
+
 import argparse
 import math
 import platform

@@ -14,6 +14,9 @@ It is computed one decoder block at a time over all windows, in float32, so a mo
 one block and of the activations.
 """
 
+if __name__ == "__main__":
+    import support.interrupt  # noqa: F401 (from here on Ctrl-C is one line)
+
 import argparse
 import math
 import time

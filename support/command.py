@@ -8,7 +8,7 @@ from typing import Callable, Iterator
 
 import torch
 
-from support import parallel
+from support import interrupt, parallel
 
 
 def default_device() -> str:
@@ -51,6 +51,7 @@ class Tolerant:
 
 def guarded(run: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Parse the command line and run. An error the user can fix is printed as one line on stderr, exit code 2."""
+    interrupt.hand_over()
     sys.stderr = Tolerant(sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

@@ -189,6 +189,21 @@ def test_interrupt_before_the_first_block_gets_one_line_and_leaves_nothing(toy, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("n_modules", [1, 300])
+@pytest.mark.parametrize("program", ["calibrate.py", "eval.py"])
+def test_interrupt_while_libraries_are_imported_gets_one_line(program, n_modules):
+    """When so many modules of PyTorch have been imported; Python says so."""
+    with subprocess.Popen([sys.executable, "-X", "importtime", program], stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            n_modules -= " torch." in line
+            if not n_modules:
+                break
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == 130 and "Traceback" not in rest
+    assert rest.strip().splitlines()[-1] == "error: interrupted"
+
+
 def test_full_disk_before_the_first_block_gets_one_line_and_leaves_nothing(toy, text, tmp_path):
     """No file may grow beyond 10 kB: writing the first shard fails as on a full disk."""
     limit = "import resource, calibrate; resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)); calibrate.main()"
