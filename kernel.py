@@ -230,7 +230,8 @@ def library() -> Library | None:
         except Exception as error:  # whatever it is, plain PyTorch does the same, slower
             said = str(error).splitlines() or [repr(error)]
             reason = next((line for line in said if "error: " in line), said[0])  # a compiler's is not the first line
-            print(f"no compiled kernels ({reason[:150]}): on with plain PyTorch", file=sys.stderr)
+            kernels = "kernels for the GPU" if with_cuda else "kernels"
+            print(f"no compiled {kernels} ({reason[:150]}): on with plain PyTorch", file=sys.stderr)
     return None
 
 

@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> None:
     if model:
         names = "wiki.valid.tokens", page.TEXT
         if data is None or not all((data / name).is_file() for name in names):
-            raise OSError(f"--data {args.data}: no folder with {' and '.join(names)}")
+            raise OSError(f"--data {args.data or ''}: give a folder with {' and '.join(names)}")
     if args.jobs < 1 or (args.runs or 0) < 0:
         raise ValueError(f"--jobs {args.jobs} --runs {args.runs}: at least 1 job and 0 runs")
     check_device(args.device)

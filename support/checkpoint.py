@@ -32,7 +32,7 @@ from llama import MODEL_TYPES, Block, Llama, LlamaConfig, RMSNorm, linears
 
 # ------------------------------------------------------------------------------------------------------- config.json
 
-KIND_TEXT = {int: "a whole number, 1 to 2^30", float: "a number above 0", bool: "true or false"}
+KIND_TEXT = {int: "a whole number, 1 to 2^30", float: "a finite number above 0", bool: "true or false"}
 DERIVED = ("num_key_value_heads", "head_dim", "sliding_window")  # null: as many as query heads, hidden / heads, none
 
 
@@ -75,7 +75,7 @@ def check_quantization(quantization: dict) -> None:
     """Raises ValueError if a `quantization_config` is not one of ours."""
     method = quantization.get("quant_method")
     if method != "flexbcq":
-        raise ValueError(f"quant_method {method!r:.60} is not supported: only 'flexbcq' is")
+        raise ValueError(f"quant_method {method!r:.60} is not supported: only 'flexbcq' is; give the original model")
     setting(quantization, "bits", int)
     if quantization.get("group_size") != -1:
         setting(quantization, "group_size", int)
@@ -116,7 +116,10 @@ def read_config(raw: dict) -> LlamaConfig:
     biases += attention if chosen.pop("attention_bias", False) else ()
     biases += mlp if chosen.pop("mlp_bias", False) else ()
     with_rope, interval = chosen.pop("no_rope_layers", None), chosen.pop("no_rope_layer_interval", None)
-    layers = range(chosen["num_hidden_layers"]) if model_type == "smollm3" else ()
+    n_layers = chosen["num_hidden_layers"]
+    if with_rope and not (isinstance(with_rope, list) and len(with_rope) == n_layers):
+        raise ValueError(f"no_rope_layers is {with_rope!r:.60}: must be a list with a 0 or 1 for each layer")
+    layers = range(n_layers) if model_type == "smollm3" else ()
     without_rope = tuple(i for i in layers if not (with_rope[i] if with_rope else (i + 1) % interval))
 
     # rope_theta stands at the top level or among the numbers of the scaling, the original context too
@@ -140,15 +143,20 @@ def read_config(raw: dict) -> LlamaConfig:
         quantization=quantization,
     )
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    if heads % kv_heads or size % 2 or not 0 < heads * size < 2**30:
-        raise ValueError(f"{heads} attention heads of size {size} do not go with {kv_heads} key/value heads")
+    if heads % kv_heads:
+        raise ValueError(f"{heads} attention heads do not go with {kv_heads} key/value heads: must be a multiple")
+    if size % 2 or not 0 < heads * size < 2**30:
+        raise ValueError(f"{heads} attention heads of size {size}: the size must be even, 2 to 2^30 / {heads}")
     return config
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
-def open_tensors(path: Path, remedy: str = "download it again") -> safe_open:
+AGAIN = "get another copy of it"  # what helps whether it was downloaded, copied or calibrated
+
+
+def open_tensors(path: Path, remedy: str = AGAIN) -> safe_open:
     """A safetensors file, to be used in a `with`. Raises OSError if it is missing, damaged or not to be read."""
     if path.is_symlink() and not path.exists():
         raise OSError(f"{path}: is a link to a file that is gone; {remedy}")
@@ -156,8 +164,10 @@ def open_tensors(path: Path, remedy: str = "download it again") -> safe_open:
         raise OSError(f"{path}: may not be read by this user; change its permissions")
     try:
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, FileNotFoundError) as error:
         raise OSError(f"{path}: missing or damaged ({error}); {remedy}") from None
+    except OSError as error:
+        raise OSError(f"{path}: cannot be read ({error})") from None
 
 
 class Stored(NamedTuple):
@@ -190,8 +200,8 @@ class Checkpoint:
 
         if (self.folder / "adapter_config.json").exists():
             raise ValueError(
-                f"{self.folder}: holds an adapter (adapter_config.json); merge it into the weights first, "
-                "for example with merge_and_unload of peft"
+                f"{self.folder}: holds an adapter (adapter_config.json); merge it into the weights first, for example "
+                "with merge_and_unload of peft; if that is done, delete adapter_config.json"
             )
 
         self.raw_config = self._json("config.json")
@@ -210,9 +220,9 @@ class Checkpoint:
         except FileNotFoundError:
             raise OSError(f"{self.folder}: no {name} in this folder; is it a Hugging Face checkpoint?") from None
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self.folder / name}: not JSON ({error}); download it again") from None
+            raise ValueError(f"{self.folder / name}: not JSON ({error}); {AGAIN}") from None
         if not isinstance(content, dict):
-            raise ValueError(f"{self.folder / name}: not a JSON object; download it again")
+            raise ValueError(f"{self.folder / name}: not a JSON object; {AGAIN}")
         return content
 
     # ---- the files
@@ -225,14 +235,14 @@ class Checkpoint:
         if not (self.folder / index).exists():
             others = [path.name for path in self.folder.iterdir() if path.suffix in (".bin", ".pth", ".gguf")]
             found = f"only {sorted(others)[0]}, which is not read; " if others else ""
-            raise OSError(f"{self.folder}: no model.safetensors in this folder; {found}give a folder with safetensors")
+            raise OSError(f"{self.folder}: no model.safetensors in this folder, nor an index; {found}give a whole one")
         try:
             names = sorted(set(self._json(index)["weight_map"].values()))
             outside = [name for name in names if name != Path(name).name]
         except (LookupError, TypeError, AttributeError):
-            raise ValueError(f"{self.folder / index}: no weight_map from tensors to files; download it again") from None
+            raise ValueError(f"{self.folder / index}: no weight_map from tensors to files; {AGAIN}") from None
         if outside:
-            raise ValueError(f"{self.folder / index}: {outside[0]!r:.60} is not a file name; download it again")
+            raise ValueError(f"{self.folder / index}: {outside[0]!r:.60} is not a file name; {AGAIN}")
         return [self.folder / name for name in names]
 
     def file_size(self) -> int:
@@ -254,7 +264,7 @@ class Checkpoint:
             with open_tensors(path) as file:
                 for name in file.keys():
                     if name in found:
-                        raise ValueError(f"{path}: {name} is also in {found[name].path.name}; delete the wrong file")
+                        raise ValueError(f"{path}: {name} is also in {found[name].path.name}; {AGAIN}")
                     header = file.get_slice(name)
                     found[name] = Stored(path, name, header.get_dtype(), tuple(header.get_shape()))
 
@@ -266,7 +276,7 @@ class Checkpoint:
     def _entry(self, name: str) -> Stored:
         """Raises ValueError if there is no such tensor."""
         if name not in self._stored:
-            raise ValueError(f"{self.folder}: tensor {name} is in none of the files; download the checkpoint again")
+            raise ValueError(f"{self.folder}: tensor {name} is in none of the files; do they belong to config.json?")
         return self._stored[name]
 
     def _check(self) -> None:
@@ -278,7 +288,7 @@ class Checkpoint:
         for i in range(self.config.num_hidden_layers):
             self._entry(f"model.layers.{i}.input_layernorm.weight")
         if not self.config.quantization and any(name.endswith(".bit_planes") for name in self._stored):
-            raise ValueError(f"{self.folder}: holds bit-planes, but config.json has no quantization_config")
+            raise ValueError(f"{self.folder}: holds bit-planes, but config.json has no quantization_config; {AGAIN}")
 
         # what the model needs
         with torch.device("meta"):
@@ -308,7 +318,7 @@ class Checkpoint:
         with open_tensors(entry.path) as file:
             tensor = file.get_tensor(entry.name)
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{self.folder}: {name} contains NaN or infinity; download the checkpoint again")
+            raise ValueError(f"{self.folder}: {name} contains NaN or infinity; {AGAIN}")
         return tensor
 
     def tensors(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
@@ -319,8 +329,8 @@ class Checkpoint:
         """Raises ValueError if there are tokens the model does not know."""
         if ids.numel() and ids.max() >= self.config.vocab_size:
             raise ValueError(
-                f"{self.folder / 'tokenizer.json'}: gives token {ids.max()}, config.json says vocab_size "
-                f"{self.config.vocab_size}; they belong to different models"
+                f"{self.folder}: there is a token {ids.max()}, config.json says vocab_size {self.config.vocab_size}; "
+                "do tokenizer.json and config.json belong to different models?"
             )
         return ids
 
@@ -424,7 +434,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except (SafetensorError, OSError) as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path.parent}: could not write {path.name} ({error}); is the disk full?") from None
+        raise OSError(f"{path.parent}: could not write {path.name} ({error})") from None
     sync_folder(path.parent)
 
 

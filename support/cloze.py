@@ -13,37 +13,50 @@ A file holds a JSON object a line, and its keys say what to do:
 The last is also scored by the log-probability for each character (acc_norm), which is fairer to long answers.
 """
 
+import contextlib
 import json
 import math
 from pathlib import Path
 from typing import Iterator
 
+import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from llama import Llama
 from support.checkpoint import Checkpoint
-from support.data import encode_prompt
+from support.data import encode_prompt, read_text
 from support.tasks import LETTERS, log_probability, read_questions, subjects
 
-KEYS = {("sentence_good", "sentence_bad"), ("context", "continuation"), ("query", "choices", "gold")}  # of an item
+
+def is_item(x: object) -> bool:
+    """Whether x, read from JSON, is an item of a task.
+
+    >>> is_item({"query": "Is it?", "choices": ["yes", "no"], "gold": 1}), is_item({"query": "Is it?"})
+    (True, False)"""
+
+    def holds(**kinds: type) -> bool:
+        return isinstance(x, dict) and all(isinstance(x.get(key), kind) for key, kind in kinds.items())
+
+    if holds(query=str, choices=list, gold=int):
+        return x["gold"] in range(len(x["choices"])) and all(isinstance(choice, str) for choice in x["choices"])
+    return holds(sentence_good=str, sentence_bad=str) or holds(context=str, continuation=str)
 
 
 def read_items(path: Path, limit: int | None = None) -> list[dict]:
     """The items of a .jsonl file, or of all in a folder, the first `limit` of each. Raises OSError or ValueError."""
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise OSError(f"{path}: no .jsonl file in this folder; give the file of a task, or a folder with some")
     items = []
     for file in files:
-        try:
-            lines = [line for line in file.read_text("utf-8").split("\n") if line.strip()]
-            items += [json.loads(line) for line in lines[:limit]]
-        except OSError as error:
-            raise OSError(f"{file}: cannot read the items ({error.strerror})") from None
-        except ValueError as error:
-            raise ValueError(f"{file}: not a JSON object a line ({error})") from None
-    wrong = [x for x in items if not (isinstance(x, dict) and any(all(key in x for key in keys) for keys in KEYS))]
-    if not items or wrong:
-        raise ValueError(f"{path}: {str(wrong[:1])[1:61] or 'no items'}: not an item of a task, see support/cloze.py")
+        lines = [(n, line) for n, line in enumerate(read_text(file).split("\n"), 1) if line.strip()]
+        for n, line in lines[:limit]:
+            with contextlib.suppress(ValueError, RecursionError):
+                items.append(json.loads(line))
+                if is_item(items[-1]):
+                    continue
+            raise ValueError(f"{file}: line {n}, {line:.40}, is not an item of a task; support/cloze.py says what is")
     return items
 
 
@@ -66,49 +79,60 @@ def continuations(item: dict) -> list[tuple[str, str]]:
     return [(context, f" {choice}") for choice in item["choices"]]
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, first: int, max_length: int) -> tuple[list, int]:
-    """(tokens, n): the continuation's tokens are those from the n-th on. What is too long loses its beginning.
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, first: int) -> tuple[list[int], int]:
+    """(tokens, n): the continuation's tokens are those from the n-th on.
 
     first: the token that stands before a text without a context"""
     known = encode_prompt(tokenizer, context) if context else []
     ids = encode_prompt(tokenizer, context + continuation)
     if not known:
         ids, known = [first, *ids], [first]
-    n_continued = max(1, len(ids) - len(known))
-    ids = ids[-max_length:]
-    return ids, max(1, len(ids) - n_continued)
+    return ids, min(len(known), len(ids) - 1)
 
 
 def answers(
     checkpoint: Checkpoint, model: Llama, tokenizer: Tokenizer, items: list[dict]
-) -> Iterator[tuple[bool, bool]]:
-    """For each item: right? And right by the log-probability for each character? (Equal where there are no choices.)"""
-    bos = checkpoint.raw_config.get("bos_token_id")
-    first = bos if bos is not None else (checkpoint.eos_ids() or (0,))[0]
-    max_length = checkpoint.config.max_position_embeddings
-    pairs = [pair for item in items for pair in continuations(item)]
-    encoded = (encode_pair(tokenizer, *pair, first, max_length) for pair in pairs)
-    found = log_probability(model, encoded, max_length)
+) -> Iterator[tuple[bool, bool, bool]]:
+    """For each item: right? Right by the log-probability for each character (equal where there are no choices)? And
+    has it lost its beginning, since it does not fit into the model's context?
 
+    Raises ValueError if the tokenizer belongs to another model."""
+    bos = checkpoint.raw_config.get("bos_token_id")
+    first = bos if isinstance(bos, int) else (checkpoint.eos_ids() or (0,))[0]
+    max_length = checkpoint.config.max_position_embeddings
+    too_long = []  # by how many tokens, of each pair
+
+    def encoded() -> Iterator[tuple[list[int], int]]:
+        for item in items:
+            for pair in continuations(item):
+                ids, n = encode_pair(tokenizer, *pair, first)
+                checkpoint.check_ids(torch.tensor(ids))
+                too_long.append(max(0, len(ids) - max_length))
+                yield ids[too_long[-1] :], max(1, n - too_long[-1])
+
+    found = log_probability(model, encoded(), max_length)
     for item in items:
         texts = [text for _, text in continuations(item)]
         values = [next(found) for _ in texts]
+        is_cut = any(too_long[-len(texts) :])
         if "continuation" in item:
-            yield values[0].greedy, values[0].greedy
+            yield values[0].greedy, values[0].greedy, is_cut
         else:
             gold = 0 if "sentence_good" in item else item["gold"]  # of a pair, the first is the good one
-            by_character = [value.log_p / len(text) for value, text in zip(values, texts)]
+            sizes = map(len, item.get("choices", texts))  # without the blank before an answer
+            by_character = [value.log_p / max(1, size) for value, size in zip(values, sizes)]
             best = max(range(len(texts)), key=lambda i: values[i].log_p)
-            yield best == gold, max(range(len(texts)), key=by_character.__getitem__) == gold
+            yield best == gold, max(range(len(texts)), key=by_character.__getitem__) == gold, is_cut
 
 
 def answer_items(checkpoint: Checkpoint, model: Llama, tokenizer: Tokenizer, items: list[dict]) -> str:
     """One line: accuracy with its standard error, and for answers by choice acc_norm."""
-    right = right_norm = 0
+    right = right_norm = cut = 0
     bar = tqdm(answers(checkpoint, model, tokenizer, items), total=len(items), unit="item", leave=False)
-    for n, (is_right, is_right_norm) in enumerate(bar, 1):
+    for n, (is_right, is_right_norm, is_cut) in enumerate(bar, 1):
         right += is_right
         right_norm += is_right_norm
+        cut += is_cut
         bar.set_postfix_str(f"{right / n:.1%}")
 
     def shown(n_right: int) -> str:
@@ -116,4 +140,5 @@ def answer_items(checkpoint: Checkpoint, model: Llama, tokenizer: Tokenizer, ite
         return f"{share:.1%} +- {math.sqrt(share * (1 - share) / len(items)):.1%}"
 
     norm = f", acc_norm {shown(right_norm)}" if "choices" in items[0] else ""
-    return f"accuracy {shown(right)}{norm} (standard error; {len(items)} items)"
+    notes = f"; {cut} of them too long and cut at the beginning" if cut else ""
+    return f"accuracy {shown(right)}{norm} (standard error; {len(items)} items{notes})"

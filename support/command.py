@@ -88,6 +88,7 @@ def named(name: str) -> Iterator[None]:
 
 def fail(error: object, code: int = 2) -> int:
     """Print one line, whatever the message holds, with the notes that were added to the error on its way."""
-    sentences = str(error) or "out of memory", *getattr(error, "__notes__", ())
+    unsaid = "out of memory" if isinstance(error, MemoryError) else repr(error)
+    sentences = str(error) or unsaid, *getattr(error, "__notes__", ())
     parallel.report("\nerror: " + " ".join("; ".join(sentences).split()))
     return code

@@ -35,15 +35,15 @@ def read_text(path: str | Path) -> str:
 
     Raises OSError or ValueError naming the file if it cannot be read or is empty."""
     try:
-        text = Path(path).read_text("utf-8-sig")
+        text = Path(path).read_text("utf-8").removeprefix("\ufeff")
     except OSError as error:
         raise OSError(f"{path}: cannot read this text file ({error.strerror})") from None
     except UnicodeDecodeError as error:
         if error.object.startswith((b"\x1f\x8b", b"PK\x03\x04")):
             raise ValueError(f"{path}: is compressed; unpack it first") from None
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; convert it, for example with iconv") from None
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; if it is a text, convert it with iconv") from None
     if "\0" in text:
-        raise ValueError(f"{path}: holds NUL bytes, so it is UTF-16 or not a text; convert it, for example with iconv")
+        raise ValueError(f"{path}: holds NUL bytes; if it is a text, in UTF-16, convert it with iconv")
     if not text.strip():
         raise ValueError(f"{path}: the file is empty" + (" but for blanks" if text else ""))
     return text
@@ -71,7 +71,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path}: missing or damaged ({error})") from None
+        raise ValueError(f"{path}: missing or damaged, or too new for the installed tokenizers ({error})") from None
 
     # some files ask for a sentence classifier's 128 tokens, or for other tokens every time
     tokenizer.no_truncation()
@@ -151,9 +151,10 @@ def batches(x: Tensor, tokens: int = 4096) -> tuple[Tensor, ...]:
 def resolve_seq_len(asked: int | None, checkpoint: Checkpoint, option: str = "--seq-len") -> int:
     """The window: as asked, else 2048, or the model's context if smaller. Raises ValueError beyond the context."""
     context = checkpoint.config.max_position_embeddings
-    if asked is not None and not 2 <= asked <= context:
-        raise ValueError(f"{option} {asked}: choose 2 to {context}, the context of this model")
-    return asked or min(2048, context)
+    seq_len = min(2048, context) if asked is None else asked
+    if not 2 <= seq_len <= context:
+        raise ValueError(f"{option} {seq_len}: choose 2 to {context}, the context of this model or its sliding window")
+    return seq_len
 
 
 def load_texts(checkpoint: Checkpoint, settings: Settings) -> tuple[Tensor, Tensor, Tensor, str]:
@@ -196,10 +197,13 @@ def empty_activations(shape: tuple[int, ...], folder: Path | None) -> Tensor:
     size = math.prod(shape)
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         # all of it now: a write to a mapped file has no way to say "disk full"
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, 2 * size)
-        else:
-            for start in range(0, 2 * size, 2**20):
-                file.write(bytes(min(2**20, 2 * size - start)))
-            file.flush()
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, 2 * size)
+            else:
+                for start in range(0, 2 * size, 2**20):
+                    file.write(bytes(min(2**20, 2 * size - start)))
+                file.flush()
+        except OSError as error:
+            raise OSError(f"--offload {folder}: {2 * size / 1e9:.3f} GB do not fit ({error.strerror})") from None
         return torch.from_file(file.name, shared=True, size=size, dtype=torch.bfloat16).view(shape)

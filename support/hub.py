@@ -7,9 +7,11 @@ A name that is a folder or a file here is taken as such. Once in the cache, noth
 
 import errno
 import gzip
+import io
 import json
 import re
 import zipfile
+import zlib
 from pathlib import Path
 
 from huggingface_hub import errors as hub
@@ -42,16 +44,18 @@ def model_folder(name: Path) -> Path:
 def named_text(name: str, held_out: bool) -> str:
     """A text of `TEXTS`: its training split, or the split that the field evaluates on. Raises OSError."""
     repository, file = TEXTS[name]
-    if name == "wikitext2":
-        path = fetch(hf_hub_download, repository, filename=file, repo_type="dataset")
-        with zipfile.ZipFile(path) as archive:
-            raw = archive.read(f"wikitext-2-raw/wiki.{'test' if held_out else 'train'}.raw").decode("utf-8")
-        return join_rows(raw)
-
     split, shards = ("validation", "00008") if held_out else ("train", "01024")
-    path = fetch(hf_hub_download, repository, filename=file.format(split=split, shards=shards), repo_type="dataset")
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        return "\n\n".join(json.loads(line)["text"] for line in lines)
+    file = file.format(split=split, shards=shards)
+    path = Path(fetch(hf_hub_download, repository, filename=file, repo_type="dataset")).resolve()
+    try:
+        if name == "wikitext2":
+            with zipfile.ZipFile(path) as archive:
+                raw = archive.read(f"wikitext-2-raw/wiki.{'test' if held_out else 'train'}.raw")
+            return join_rows(raw.decode("utf-8"))
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            return "\n\n".join(json.loads(line)["text"] for line in lines)
+    except (OSError, ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as error:
+        raise OSError(f"{path}: cannot be read ({error}); delete it, and it is downloaded again") from None
 
 
 def join_rows(raw: str) -> str:
@@ -60,7 +64,7 @@ def join_rows(raw: str) -> str:
 
     >>> join_rows(" = A = \\n \\n b \\n")
     ' = A = \\n\\n\\n\\n\\n b \\n'"""
-    return "\n\n".join(row if row.strip() else "" for row in raw.splitlines(keepends=True))
+    return "\n\n".join(row if row.strip() else "" for row in io.StringIO(raw, newline=None))
 
 
 def fetch(download, repository: str, **more) -> str:
@@ -72,16 +76,17 @@ def fetch(download, repository: str, **more) -> str:
     except hub.RevisionNotFoundError:
         reason = f"has no revision {more.get('revision')}; leave it out for the newest"
     except hub.RepositoryNotFoundError:
-        reason = "is not on the Hub, or private: check the name, or `hf auth login`"
+        reason = "is no folder here, and not on the Hub, or private: check the name, or `hf auth login`"
+    except hub.HFValidationError:
+        reason = "is no folder here, and no name that the Hub allows: check it"
     except hub.LocalEntryNotFoundError:
-        reason = "cannot be reached and is not in the cache: check the network, or give a folder"
+        reason = "is not in the cache, and the Hub cannot be reached (or HF_HUB_OFFLINE is set): give a folder or file"
     except hub.EntryNotFoundError:
-        reason = "lacks a file that is needed: check the name"
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+        reason = f"lacks {more.get('filename', 'a file')}: give a folder or file that you have"
+    except Exception as error:  # httpx and the library have many
+        said = next(iter(str(error).splitlines()), repr(error))
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in said:
             reason = "does not fit on the disk: make space, or set HF_HOME to a folder on a larger one"
         else:
-            reason = f"could not be downloaded ({str(error).splitlines()[0]:.120}); the same command resumes it"
-    except Exception as error:  # httpx and the library have many
-        reason = f"could not be downloaded ({str(error).splitlines()[0]:.120}); the same command resumes it"
+            reason = f"could not be downloaded ({said:.120}); what has arrived is kept"
     raise OSError(f"{repository}: {reason}") from None

@@ -63,12 +63,12 @@ def check_folders(checkpoint: Checkpoint, settings: Settings) -> None:
     check_out(settings.out)
     folder = settings.out.parent
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise OSError(f"--out {settings.out}: {folder} is no folder that can be written to; create it first")
+        raise OSError(f"--out {settings.out}: {folder} is no folder that can be written to; create it or give another")
     for file in side_files(checkpoint.folder):
         file.open("rb").close()  # can it be read?
 
     if settings.offload and not os.access(settings.offload, os.W_OK | os.X_OK):
-        raise OSError(f"--offload {settings.offload}: no folder that can be written to; create it first")
+        raise OSError(f"--offload {settings.offload}: no folder that can be written to; create it or give another")
     if settings.offload and sys.platform == "win32":
         raise OSError("--offload: Windows cannot delete a file that is in use, so it would stay behind; leave it out")
 

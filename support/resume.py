@@ -50,9 +50,9 @@ def check_out(out: Path) -> None:
     if out.name in ("", ".."):
         raise OSError(f"--out {out}: give the name of a new folder")
     if out.exists() and not is_empty_folder(out):
-        raise OSError(f"--out {out}: exists and is not empty; delete it or choose another folder")
+        raise OSError(f"--out {out}: exists and is no empty folder; delete it or choose another")
     if out.is_symlink() or out.is_mount():
-        raise OSError(f"--out {out}: is a link or a mount point; give the name of a new folder inside it")
+        raise OSError(f"--out {out}: is a link or a mount point; give the name of a new folder")
     if (partial_folder(out) / LOCK).exists() and parallel.rank() == 0:
         with locked(partial_folder(out)):  # is another process at work there?
             pass
@@ -82,7 +82,7 @@ def read_report(partial: Path, started: dict) -> dict:
     start_again = f"delete {partial} to start again"
     if not (partial / REPORT).exists():
         if any(path.suffix != ".tmp" and path.name != LOCK for path in partial.iterdir()):
-            raise ValueError(f"{partial}: exists but holds no {REPORT}; is it yours? Otherwise {start_again}")
+            raise ValueError(f"{partial}: holds no {REPORT}, so it is no run; give another --out, or delete it")
         return started | {"perplexity": {}, "blocks": []}
 
     try:
@@ -109,8 +109,8 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         raise OSError(f"{folder}: another process is at work there; wait for it, or give another --out") from None
-    except (NotImplementedError, OSError):
-        print(f"{folder}: this file system has no locks; start only one run with this --out")
+    except (NotImplementedError, OSError) as error:
+        print(f"{folder}: cannot be locked ({error}); start only one run with this --out")
     try:
         yield
     finally:

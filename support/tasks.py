@@ -8,6 +8,7 @@ answer is the letter that is most probable after "Answer:". Shots are dropped un
 """
 
 import csv
+import io
 import math
 import os
 from pathlib import Path
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from kernel import BCQLinear
 from llama import KVCache, Llama
 from support.checkpoint import Checkpoint
-from support.data import encode_prompt
+from support.data import encode_prompt, read_text
 
 LETTERS = "ABCD"
 
@@ -32,17 +33,9 @@ LETTERS = "ABCD"
 def read_questions(path: Path) -> list[list[str]]:
     """The lines of a file: [question, A, B, C, D, letter]. Raises OSError or ValueError naming file and question."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(file) if row]  # without blank lines
-    except OSError as error:
-        raise OSError(f"{path}: cannot read the questions ({error.strerror}); is it the published folder?") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; convert it, for example with iconv") from None
+        rows = [row for row in csv.reader(io.StringIO(read_text(path), newline="")) if row]  # without blank lines
     except csv.Error as error:
         raise ValueError(f"{path}: not CSV ({error}); is it the published file?") from None
-
-    if not rows:
-        raise ValueError(f"{path}: holds no questions; is it the published file?")
     for number, row in enumerate(rows, 1):
         if len(row) != 6 or row[5] not in list(LETTERS):
             raise ValueError(f"{path}: question {number} is not question, A, B, C, D, letter")

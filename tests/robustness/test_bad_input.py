@@ -117,7 +117,7 @@ OPTIONS = {  # of calibrate.py
     "option without a number": (["--bits", "x"], "invalid int value"),
     "option that does not exist": (["--bit-width", "3"], "unrecognized arguments"),
     "unknown method": (["--method", "magic"], "invalid choice: 'magic'"),
-    "no such model": (["--model", "meta-llama/Nope"], "meta-llama/Nope: cannot be reached and is not in the cache"),
+    "no such model": (["--model", "meta-llama/Nope"], "meta-llama/Nope: is not in the cache, and the Hub cannot"),
     "model is a file": (["--model", __file__], "is a file; give the Hugging Face folder"),
     "model is nothing": (["--model", ""], "no config.json in this folder"),
     "9 bits": (["--bits", "9"], "--bits 9: choose 1 to 8"),
@@ -158,7 +158,8 @@ OPTIONS = {  # of calibrate.py
     "no evaluation text": (["--eval-text", "nowhere.txt"], "nowhere.txt: cannot read"),
     "output in no folder": (["--out", "no/where/out"], "no/where is no folder that can be written to; create it"),
     "output below a file": (["--out", f"{__file__}/out"], "is no folder that can be written to"),
-    "output is a file": (["--out", __file__], "exists and is not empty"),
+    "output is a file": (["--out", __file__], "exists and is no empty folder"),
+    "output is an empty file": (["--out", "/dev/null"], "exists and is no empty folder"),
     "output name too long": (["--out", "x" * 300], "File name too long"),
     "output that is not UTF-8": (["--out", "x\udcff"], "not UTF-8"),
 }
@@ -187,13 +188,19 @@ MODEL = {  # what is done to the folder of an original model
     "size is a list": (config(vocab_size=[2048]), "vocab_size is [2048]: must be a whole number"),
     "size is negative": (config(intermediate_size=-160), "intermediate_size is -160: must be a whole number"),
     "size is a truth value": (config(num_hidden_layers=True), "num_hidden_layers is True: must be a whole number"),
-    "size is not a number": (config(rms_norm_eps=float("nan")), "rms_norm_eps is nan: must be a number above 0"),
+    "size is not a number": (config(rms_norm_eps=float("nan")), "rms_norm_eps is nan: must be a finite number"),
+    "size is infinite": (config(rms_norm_eps=float("inf")), "rms_norm_eps is inf: must be a finite number above 0"),
     "truth value is a string": (config(tie_word_embeddings="no"), "tie_word_embeddings is 'no': must be true or false"),
     "size beyond memory": (config(hidden_size=2**30), "has shape (2048, 64), config.json says (2048, 1073741824)"),
     "fewer blocks": (config(num_hidden_layers=1), "tensor model.layers.1.input_layernorm.weight has no place"),
     "a billion blocks": (config(num_hidden_layers=10**9), "tensor model.layers.2.input_layernorm.weight is in none"),
-    "heads that do not divide": (config(num_key_value_heads=3), "4 attention heads of size 16 do not go with 3"),
-    "odd head size": (config(head_dim=15), "4 attention heads of size 15 do not go"),
+    "heads that do not divide": (config(num_key_value_heads=3), "4 attention heads do not go with 3"),
+    "odd head size": (config(head_dim=15), "4 attention heads of size 15: the size must be even"),
+    "rope for some layers": (
+        config(model_type="smollm3", no_rope_layers=[1]),
+        "no_rope_layers is [1]: must be a list with a 0 or 1 for each layer",
+    ),
+    "rope by a number": (config(model_type="smollm3", no_rope_layers=4), "no_rope_layers is 4: must be a list"),
     "window is negative": (
         config(model_type="mistral", sliding_window=-1),
         "sliding_window is -1: must be a whole number",
@@ -201,16 +208,25 @@ MODEL = {  # what is done to the folder of an original model
     "rope is a string": (config(rope_scaling="linear"), "rope_scaling is 'linear': must be a JSON object"),
     "unknown rope": (config(rope_scaling={"rope_type": "yarn"}), "rope_type 'yarn' is not supported"),
     "unknown rope, newer file": (config(rope_parameters={"rope_type": "yarn"}), "rope_type 'yarn' is not supported"),
-    "incomplete rope": (config(rope_scaling={"rope_type": "llama3"}), "factor is None: must be a number above 0"),
-    "rope frequency of zero": (config(rope_scaling={"rope_theta": 0}), "rope_theta is 0: must be a number above 0"),
+    "incomplete rope": (config(rope_scaling={"rope_type": "llama3"}), "factor is None: must be a finite number"),
+    "rope frequency of zero": (config(rope_scaling={"rope_theta": 0}), "rope_theta is 0: must be a finite number"),
     "rope range upside down": (
         config(rope_scaling=LLAMA3 | {"original_max_position_embeddings": 64, "low_freq_factor": 5}),
         "low_freq_factor is not below high_freq_factor",
     ),
     "no tokenizer": (remove("tokenizer.json"), "tokenizer.json: missing or damaged"),
     "truncated tokenizer": (truncate("tokenizer.json", 5000), "tokenizer.json: missing or damaged"),
-    "tokenizer of another model": (vocabulary, "they belong to different models"),
+    "tokenizer of another model": (vocabulary, "belong to different models?"),
     "no weights": (remove(WEIGHTS), "no model.safetensors in this folder"),
+    "shards without an index": (
+        lambda f: (f / WEIGHTS).rename(f / "model-00001-of-00001.safetensors"),
+        "no model.safetensors in this folder, nor an index",
+    ),
+    "weights that are a folder": (
+        lambda f: (remove(WEIGHTS)(f), (f / WEIGHTS).mkdir()),
+        "model.safetensors: cannot be read (",
+    ),
+    "no context": (config(max_position_embeddings=1), "choose 2 to 1, the context of this model"),
     "empty weights": (write(WEIGHTS, b""), "model.safetensors: missing or damaged"),
     "weights truncated in the length": (truncate(WEIGHTS, 5), "model.safetensors: missing or damaged"),
     "weights truncated in the header": (truncate(WEIGHTS, 1000), "model.safetensors: missing or damaged"),
@@ -224,7 +240,7 @@ MODEL = {  # what is done to the folder of an original model
     "flipped bit in a dtype": (header(b"BF16", b"BF17"), "model.safetensors: missing or damaged"),
     "flipped bit in a size": (header(b"2048,64]", b"2048,65]"), "model.safetensors: missing or damaged"),
     "negative size": (header(b"2048,64]", b"2048,-4]"), "model.safetensors: missing or damaged"),
-    "NaN in a weight": (put(f"{UP}.weight", torch.nan), f"{UP}.weight contains NaN or infinity; download"),
+    "NaN in a weight": (put(f"{UP}.weight", torch.nan), f"{UP}.weight contains NaN or infinity; get another"),
     "weight of another shape": (put(f"{UP}.weight", torch.zeros(3, 3)), f"{UP}.weight has shape (3, 3), config.json"),
     "weight of whole numbers": (
         put(f"{UP}.weight", torch.zeros(160, 64, dtype=torch.int8)),
@@ -240,7 +256,7 @@ MODEL = {  # what is done to the folder of an original model
     "index to nowhere": (shards(BOTH | {"3": "c.safetensors"}), "c.safetensors: missing or damaged"),
     "index to a part": (shards({"1": "a.safetensors"}), "is in none of the files"),
     "tensor in two files": (shards(BOTH, duplicate=True), "b.safetensors: model."),
-    "tensor in two files, the other name": (shards(BOTH, duplicate=True), "is also in a.safetensors; delete the wrong"),
+    "tensor in two files, the other name": (shards(BOTH, duplicate=True), "is also in a.safetensors; get another copy"),
 }
 PACKED = {  # what is done to the folder of a packed model
     "other software": (quantization(quant_method="gptq"), "quant_method 'gptq' is not supported: only 'flexbcq' is"),
@@ -270,6 +286,7 @@ TEXTS = {
     "empty": (b"", "is empty"),
     "blank": (b"  \n ", "is empty"),
     "not UTF-8": (b"abc \xff\xfe", "not UTF-8 at byte 4"),
+    "not UTF-8 after a byte order mark": (b"\xef\xbb\xbfabc\xff", "not UTF-8 at byte 6; if it is a text, convert"),
     "too short": (b"short", "tokens are less than one window of 64; give more text, or a smaller"),
 }
 EVAL_OPTIONS = {
@@ -352,7 +369,7 @@ def test_bad_option_of_the_kernel_benchmark(case, tmp_path):
 def test_an_output_folder_in_use_is_left_alone(toy, text, tmp_path):
     (tmp_path / "precious").write_text("data")
     result = call(calibrate.main, "--model", toy, "--text", text, "--out", tmp_path, *QUICK)
-    assert_refused(result, "exists and is not empty", tmp_path, {"precious": b"data"})
+    assert_refused(result, "exists and is no empty folder", tmp_path, {"precious": b"data"})
 
 
 def test_a_quantized_model_is_not_quantized_again(packed, text, tmp_path):
@@ -392,7 +409,7 @@ def test_prompt_with_tokens_the_model_does_not_know(toy, tmp_path):
     model = shutil.copytree(toy, tmp_path / "model")
     vocabulary(model)
     result = call(eval.main, "--model", model, "--prompt", "def f(x):", "--tokens", 5)
-    assert_refused(result, "they belong to different models", tmp_path, snapshot(tmp_path))
+    assert_refused(result, "belong to different models?", tmp_path, snapshot(tmp_path))
 
 
 # --------------------------------------------------------------------------------------------------------- fuzzing

@@ -6,13 +6,14 @@ import shutil
 
 import pytest
 import torch
-from helpers import call
+from helpers import call, edit_config, edit_tensors
 from transformers import AutoModelForCausalLM
 
 from eval import main
 from support.checkpoint import Checkpoint
-from support.cloze import answers, continuations, read_items
+from support.cloze import answers, continuations, encode_pair, read_items
 from support.data import load_tokenizer
+from support.tasks import log_probability
 
 WORDS = "list dict tuple for while return yield import class def lambda print open read write self name".split()
 DRAW = random.Random(0)
@@ -57,7 +58,7 @@ def test_a_hundred_items_are_answered_as_by_transformers(kind, model, tmp_path):
         expected.append(greedy[0] if kind == "last words" else scores.index(max(scores)) == item.get("gold", 0))
 
     checkpoint = Checkpoint(model)
-    assert [right for right, _ in answers(checkpoint, checkpoint.model(), tokenizer, items)] == expected
+    assert [right for right, *_ in answers(checkpoint, checkpoint.model(), tokenizer, items)] == expected
 
     path = tmp_path / "items.jsonl"
     path.write_text("\n".join(map(json.dumps, items)) + "\n\n")
@@ -75,16 +76,58 @@ def test_mmlu_by_the_texts_of_the_answers(model, tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("", "not an item of a task"),
-        ("{", "not a JSON object a line"),
-        ("7", "not an item of a task"),
-        ('{"a": 1}', "not an item of a task"),
+        ("", "is empty"),
+        ("{", "line 1, {, is not an item"),
+        ("[" * 100_000, "line 1, [[["),
+        (json.dumps(KINDS["pairs"]()) + "\n\n7", "line 3, 7, is not an item"),
+        ('{"a": 1}', 'line 1, {"a": 1}, is not an item of a task'),
+        ('{"context": 1, "continuation": "a"}', "is not an item"),
+        ('{"query": "a", "choices": ["b", "c"], "gold": 2}', "is not an item"),
+        ('{"query": "a", "choices": ["b", 3], "gold": 0}', "is not an item"),
     ],
+    ids=str,
 )
 def test_a_file_that_is_not_a_task_is_said(content, message, model, tmp_path):
     (tmp_path / "items.jsonl").write_text(content)
     result = call(main, "--model", model, "--task", tmp_path / "items.jsonl")
     assert result.code == 2 and message in result.err.strip().splitlines()[-1]
+
+
+def test_a_folder_without_tasks_is_said(model, tmp_path):
+    result = call(main, "--model", model, "--task", tmp_path)
+    assert result.code == 2 and "no .jsonl file in this folder" in result.err
+
+
+def test_a_tokenizer_of_another_model_is_said(model, tmp_path):
+    small = shutil.copytree(model, tmp_path / "small")
+    edit_config(small, vocab_size=100)
+    names = "model.embed_tokens.weight", "lm_head.weight"
+    edit_tensors(small, lambda stored: stored.update({name: stored[name][:100].clone() for name in names}))
+    (tmp_path / "items.jsonl").write_text(json.dumps(KINDS["pairs"]()))
+    result = call(main, "--model", small, "--task", tmp_path / "items.jsonl")
+    assert result.code == 2 and "belong to different models?" in result.err
+
+
+def test_items_that_do_not_fit_are_counted(toy, tmp_path):
+    """The toy has a context of 64 tokens."""
+    items = [{"context": f"{word} " * 100, "continuation": "list"} for word in ("for", "while")] + [
+        {"context": "a dict or a", "continuation": "list"}
+    ]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    result = call(main, "--model", toy, "--task", tmp_path / "items.jsonl")
+    assert "3 items; 2 of them too long and cut at the beginning)" in result.out
+
+
+def test_the_answer_for_each_character_does_not_count_the_blank_before_it(model):
+    """As in lm-eval: the log-probability of " a" is divided by 1, that of " abc" by 3."""
+    checkpoint, tokenizer = Checkpoint(model), load_tokenizer(model)
+    items = [{"query": words(5), "choices": [words(1), words(6)], "gold": 0} for _ in range(60)]
+    pairs = [pair for item in items for pair in continuations(item)]
+    encoded = [encode_pair(tokenizer, *pair, 1) for pair in pairs]
+    values = [found.log_p for found in log_probability(checkpoint.model(), encoded, 512)]
+    shares = [value / len(text.removeprefix(" ")) for value, (_, text) in zip(values, pairs)]
+    expected = [short >= long for short, long in zip(shares[::2], shares[1::2])]
+    assert [right for _, right, _ in answers(checkpoint, checkpoint.model(), tokenizer, items)] == expected
 
 
 def test_a_folder_gives_the_first_of_each_file(tmp_path):

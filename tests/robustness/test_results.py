@@ -164,4 +164,4 @@ def test_jobs_and_processes_change_the_store_one_after_the_other(tmp_path):
 
 def test_missing_texts_are_named(toy, tmp_path):
     result = call(results.main, "--model", toy, "--data", tmp_path)
-    assert result.code == 2 and "no folder with wiki.valid.tokens and wiki.test.joined.txt" in result.err
+    assert result.code == 2 and "give a folder with wiki.valid.tokens and wiki.test.joined.txt" in result.err
