@@ -20,6 +20,7 @@ if __name__ == "__main__":
 import argparse
 import math
 import time
+from functools import partial
 from typing import Callable, Iterator, NamedTuple
 
 import torch
@@ -29,7 +30,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernel import forced_path
-from llama import Block, rope_tables
+from llama import Block, most_likely, rope_tables
+from support.chat import as_chat
 from support.checkpoint import Checkpoint
 from support.cloze import answer_items, mmlu_items, read_items
 from support.command import check_device, guarded
@@ -128,46 +130,66 @@ def compare(checkpoint: Checkpoint, original: Checkpoint, windows: Tensor, devic
     return Comparison(kl.mean().item(), kl_99, same / len(kl), ours, theirs)
 
 
-class Generated(NamedTuple):
-    """A continued prompt and what it took."""
+class Speed(NamedTuple):
+    """How fast a prompt was continued."""
 
-    text: str
     tokens_per_second: float  # reading the prompt included
     gigabytes_per_second: float  # of weights; every token reads every weight once
 
 
-def generate(checkpoint: Checkpoint, tokenizer: Tokenizer, prompt: str, n_tokens: int, device) -> Generated:
-    """The prompt, greedily continued up to the end of the text.
+def generate(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, settings: Evaluation, device, show: Callable[[str], None]
+) -> Speed:
+    """Continue the prompt up to the end of the text: the likeliest token, or one drawn at a temperature.
 
+    show: gets the prompt as it is given, then the continuation as it comes, in pieces of whole characters
     The original runs in float32 on a CPU and in bfloat16 on a GPU; embedding and head of a packed model stay bfloat16
     on a CPU too. Raises ValueError if prompt and continuation do not fit into the model's context."""
-    ids = torch.tensor([encode_prompt(tokenizer, prompt)], dtype=torch.int64, device=device)
-    context = checkpoint.config.max_position_embeddings
-    if ids.shape[1] == 0:
+    prompt, n_tokens, context = settings.prompt, settings.tokens, checkpoint.config.max_position_embeddings
+    if settings.chat:
+        known = tokenizer.encode(as_chat(checkpoint.folder, prompt), add_special_tokens=False).ids
+    else:
+        known = encode_prompt(tokenizer, prompt)
+    if not known:
         raise ValueError("--prompt: is empty; give at least one word")
-    if ids.shape[1] + n_tokens > context:
+    if len(known) + n_tokens > context:
         raise ValueError(
-            f"a prompt of {ids.shape[1]} tokens and {n_tokens} more do not fit into the context of {context}; "
+            f"a prompt of {len(known)} tokens and {n_tokens} more do not fit into the context of {context}; "
             "shorten the prompt or give fewer --tokens"
         )
-    checkpoint.check_ids(ids)
+    ids = checkpoint.check_ids(torch.tensor([known], device=device))
 
     on_gpu, packed = torch.device(device).type == "cuda", checkpoint.config.quantization is not None
     dtype = torch.bfloat16 if on_gpu else torch.float32
     model = checkpoint.model(dtype, device, head_dtype=torch.bfloat16 if on_gpu or packed else torch.float32)
     model.generate(ids, 2)  # warm up, the prompt and a single token; compiles the kernels if need be
 
-    start = time.perf_counter()
-    found = model.generate(ids, n_tokens, checkpoint.eos_ids())[0].tolist()
-    speed = (len(found) - ids.shape[1]) / (time.perf_counter() - start)
+    generator, tokens = torch.Generator(device).manual_seed(settings.seed), list(known)
+    shown = len(tokenizer.decode(known))  # characters; what decoding adds behind them is the continuation
 
-    # the prompt as given, behind it what decoding adds to it
-    n_known = len(tokenizer.decode(found[: ids.shape[1]]))
-    text = prompt + tokenizer.decode(found)[n_known:]
+    def choose(logits: Tensor) -> Tensor:
+        """The next token, (1, vocab_size) -> (1, 1), shown when it completes a character."""
+        nonlocal shown
+        new = most_likely(logits)
+        if settings.temperature:  # of differences, so that no quotient is too large
+            p = ((logits.float() - logits.max()) / settings.temperature).softmax(-1)
+            new = torch.multinomial(p, 1, generator=generator)
+        tokens.append(new.item())
+        text = tokenizer.decode(tokens)
+        if not text.endswith("\ufffd"):
+            show(text[shown:])
+            shown = len(text)
+        return new
+
+    show(prompt + "\n\n" * settings.chat)
+    start = time.perf_counter()
+    model.generate(ids, n_tokens, checkpoint.eos_ids(), choose)
+    speed = (len(tokens) - len(known)) / (time.perf_counter() - start)
+    show(tokenizer.decode(tokens)[shown:])
 
     read = (model.model.layers, model.model.norm, model.lm_head)
     size = sum(t.nbytes for module in read for t in (*module.parameters(), *module.buffers()))
-    return Generated(text, speed, size * speed / 1e9)
+    return Speed(speed, size * speed / 1e9)
 
 
 def answer(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: Evaluation, seq_len: int, device) -> str:
@@ -187,6 +209,8 @@ def run(settings: Evaluation) -> None:
     """Measure what was asked for and print it. Raises ValueError or OSError with one line."""
     if settings.cloze and settings.mmlu is None:
         raise ValueError("--cloze: belongs to --mmlu; give --mmlu DATA too")
+    if settings.chat and settings.prompt is None:
+        raise ValueError("--chat: belongs to --prompt; give --prompt TEXT too")
     if sum(x is not None for x in (settings.prompt, settings.task, settings.mmlu, settings.against)) > 1:
         raise ValueError("--prompt, --task, --mmlu and --against: give only one of them")
     forced_path()  # is it one?
@@ -195,9 +219,8 @@ def run(settings: Evaluation) -> None:
     tokenizer = load_tokenizer(checkpoint.folder)
 
     if settings.prompt is not None:
-        found = generate(checkpoint, tokenizer, settings.prompt, settings.tokens, device)
-        print(f"{found.text}\n\n{found.tokens_per_second:.1f} tokens/s, ", end="")
-        print(f"{found.gigabytes_per_second:.1f} GB/s of weights")
+        speed = generate(checkpoint, tokenizer, settings, device, partial(print, end="", flush=True))
+        print(f"\n\n{speed.tokens_per_second:.1f} tokens/s, {speed.gigabytes_per_second:.1f} GB/s of weights")
         return
 
     seq_len = resolve_seq_len(settings.seq_len, checkpoint)

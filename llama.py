@@ -18,6 +18,7 @@ Sources: Touvron et al. 2023 (Llama 2), Zhang & Sennrich 2019 (RMSNorm), Su et a
 
 import math
 from dataclasses import dataclass, field
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -214,6 +215,11 @@ def linears(module: nn.Module) -> dict[str, nn.Linear]:
 # --------------------------------------------------------------------------------------------------------- the model
 
 
+def most_likely(logits: Tensor) -> Tensor:
+    """Greedy choice. logits: (batch, vocab_size) -> tokens (batch, 1)."""
+    return logits.max(-1, keepdim=True).indices  # quicker than argmax on a CPU
+
+
 class Llama(nn.Module):
     """The whole model: `model.embed_tokens`, `model.layers`, `model.norm`, `lm_head`."""
 
@@ -246,10 +252,17 @@ class Llama(nn.Module):
         return self.lm_head(self.model.norm(x).to(self.lm_head.weight.dtype))
 
     @torch.inference_mode()
-    def generate(self, ids: Tensor, n_tokens: int, eos_ids: tuple[int, ...] = ()) -> Tensor:
-        """Greedy continuation with a KV cache. ids: (batch, length) int64 -> (batch, length + n_tokens).
+    def generate(
+        self,
+        ids: Tensor,
+        n_tokens: int,
+        eos_ids: tuple[int, ...] = (),
+        choose: Callable[[Tensor], Tensor] = most_likely,
+    ) -> Tensor:
+        """Continuation with a KV cache. ids: (batch, length) int64 -> (batch, length + n_tokens).
 
-        eos_ids: end-of-text tokens; fewer tokens are generated when every sequence has had one"""
+        eos_ids: end-of-text tokens; fewer tokens are generated when every sequence has had one
+        choose: logits (batch, vocab_size) -> the next token of each sequence, (batch, 1)"""
         length = ids.shape[1] + n_tokens
         rope = rope_tables(self.config, length, ids.device)
         caches = [KVCache(self.config, len(ids), length, self.model.norm.weight) for _ in self.model.layers]
@@ -258,8 +271,7 @@ class Llama(nn.Module):
         ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
         new = ids  # first the prompt, then one token at a time
         for _ in range(n_tokens):
-            logits = self(new, caches, rope)[:, -1]  # (batch, vocab_size)
-            new = logits.max(-1, keepdim=True).indices  # (batch, 1); quicker than argmax on a CPU
+            new = choose(self(new, caches, rope)[:, -1])  # (batch, 1)
             ids = torch.cat((ids, new), dim=1)
             ended |= torch.isin(new, eos)
             if eos_ids and ended.all():

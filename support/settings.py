@@ -150,6 +150,13 @@ class Evaluation:
 
     prompt: str | None = option("text generation", None, "continue this text instead, and print tokens per second")
     tokens: int = option("text generation", 100, "tokens to generate", 1)
+    temperature: float = option(
+        "text generation", 0.0, "draw each token, from logits divided by X", 0, 1e9, shown="0: take the most likely"
+    )
+    seed: int = option("text generation", 0, "seed of the drawing", 0, 2**32 - 1)
+    chat: bool = option(
+        "text generation", False, "take the prompt as a question to an assistant: apply the chat template"
+    )
 
     task: Path | None = option("tasks", None, "a .jsonl file of BLiMP, LAMBADA, PIQA or ARC, or a folder of them")
     mmlu: Path | None = option("tasks", None, "MMLU, by letters: its published folder, with dev and test")
