@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from support.hub import join_rows, model_folder
+from support.hub import model_folder
 from support.settings import TINY
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -125,8 +125,8 @@ def hub(toy, tmp_path):
         "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "5",
     }  # fmt: skip
 
-    def run(*options, **more):
-        command = [sys.executable, "eval.py", *map(str, options)]
+    def run(*options, program=("eval.py",), **more):
+        command = [sys.executable, *program, *map(str, options)]
         return subprocess.run(command, env=environment | more, capture_output=True, text=True)
 
     ThisHub.run = staticmethod(run)
@@ -188,20 +188,73 @@ def test_a_folder_of_that_name_wins(toy, text, tmp_path, monkeypatch):
     assert model_folder(Path("org/toy")) == Path("org/toy")
 
 
-def test_texts_by_name_are_the_published_files(hub, tmp_path):
-    raw = " = Title = \n \n one line of text \n" * 200
+ROWS = [
+    "",
+    " = Title = \n",
+    "",
+    " one\u2028line of text \n",
+    " and\x85another \n",
+] * 200  # as the Hub's data set has them
+DOCUMENTS = [f"document {i} is here" for i in range(200)]
+
+
+@pytest.fixture
+def texts(hub, tmp_path):
+    """The two texts in the files of the Hub, and what they are, by name."""
     with zipfile.ZipFile(tmp_path / "wiki.zip", "w") as archive:
-        archive.writestr("wikitext-2-raw/wiki.test.raw", raw)
+        archive.writestr("wikitext-2-raw/wiki.test.raw", "".join(row or " \n" for row in ROWS))
         archive.writestr("wikitext-2-raw/wiki.train.raw", "other")
-    lines = "".join(json.dumps({"text": f"document {i} is here"}) + "\n" for i in range(200))
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS)
     hub.repositories["datasets/ggml-org/ci"] = {"wikitext-2-raw-v1.zip": (tmp_path / "wiki.zip").read_bytes()}
     hub.repositories["datasets/allenai/c4"] = {"en/c4-validation.00000-of-00008.json.gz": gzip.compress(lines.encode())}
-    joined = {
-        "wikitext2": join_rows(raw),
-        "c4": "\n\n".join(f"document {i} is here" for i in range(200)),
-    }
-    for name, expected in joined.items():
-        (tmp_path / "joined.txt").write_text(expected)
-        by_name, by_file = (hub.run("--model", TINY, "--text", x) for x in (name, tmp_path / "joined.txt"))
-        assert by_name.stdout.startswith("perplexity"), by_name.stderr
-        assert by_name.stdout.split()[1] == by_file.stdout.split()[1]
+    return {"wikitext2": "\n\n".join(ROWS), "c4": "\n\n".join(DOCUMENTS)}
+
+
+@pytest.mark.parametrize("name", ["wikitext2", "c4"])
+def test_an_evaluation_text_by_name_has_the_tokens_of_the_joined_file(name, hub, texts, toy, tmp_path):
+    (tmp_path / "joined.txt").write_text(texts[name], newline="")
+    options = ["--model", toy, "--text", TINY / "train.py", "--method", "rtn", "--samples", 4, "--no-baselines"]
+    tokens = []
+    for text in (name, tmp_path / "joined.txt"):
+        out = tmp_path / f"out{len(tokens)}"
+        result = hub.run(*options, "--eval-text", text, "--out", out, program=["calibrate.py"])
+        assert result.returncode == 0, result.stderr
+        tokens.append(json.loads((out / "calibration.json").read_text())["inputs"]["evaluation text"])
+    assert tokens[0] == tokens[1]
+
+
+DAMAGES = [lambda file: file[:200], lambda file: b"no archive", lambda file: file[:-50] + bytes(50)]
+
+
+@pytest.mark.parametrize("spoil", DAMAGES, ids=["cut off", "something else", "zeros at the end"])
+def test_a_text_that_arrived_damaged_is_said_and_fetched_again_when_it_is_deleted(spoil, hub, texts, toy):
+    for name, repository in (("wikitext2", "datasets/ggml-org/ci"), ("c4", "datasets/allenai/c4")):
+        ((file, whole),) = hub.repositories[repository].items()
+        hub.repositories[repository] = {file: spoil(whole)}
+        result = hub.run("--model", toy, "--text", name)
+        assert result.returncode == 2 and "Traceback" not in result.stderr
+        assert "delete it, and it is downloaded again" in last_line(result)
+
+        hub.repositories[repository] = {file: whole}
+        Path(last_line(result).removeprefix("error: ").split(": cannot be read")[0]).unlink()
+        assert hub.run("--model", toy, "--text", name).stdout.startswith("perplexity")
+
+
+def test_a_disk_that_fills_up_while_a_model_arrives_is_said_in_one_line(hub, text):
+    """No file may grow beyond 100 kB, and the error is the one of a full disk."""
+    program = (
+        "import builtins, errno, eval, io, os\n"
+        "class Small(io.FileIO):\n"
+        "    def write(self, data):\n"
+        "        if self.tell() + len(data) > 100_000: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))\n"
+        "        return super().write(data)\n"
+        "def small(file, mode='r', *more, open=open, **options):\n"
+        "    is_download = str(file).endswith('.incomplete') and mode in ('wb', 'ab')\n"
+        "    return Small(file, mode) if is_download else open(file, mode, *more, **options)\n"
+        "builtins.open, io.open = small, small\n"
+        "eval.main()"
+    )
+    result = hub.run("--model", "org/toy", "--text", text, program=["-c", program])
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "org/toy: does not fit on the disk: make space" in last_line(result)
+    assert hub.run("--model", "org/toy", "--text", text).stdout.startswith("perplexity")
