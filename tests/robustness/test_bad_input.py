@@ -1,5 +1,6 @@
 """Whatever is given: one line on stderr that names the thing and the remedy, exit code 2, and no file touched."""
 
+import errno
 import json
 import os
 import resource
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from helpers import FEW_STEPS, call, edit_config, edit_tensors, snapshot
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -19,6 +21,9 @@ import calibrate
 import eval
 from experiments import kernels
 from support.checkpoint import Checkpoint
+from support.command import fail
+from support.data import empty_activations
+from support.resume import locked
 
 QUICK = ["--samples", "4", "--epochs", "1", "--group-size", "32", "--method", "rtn"]
 WEIGHTS, INDEX, UP = "model.safetensors", "model.safetensors.index.json", "model.layers.1.mlp.up_proj"
@@ -217,6 +222,7 @@ MODEL = {  # what is done to the folder of an original model
     "no tokenizer": (remove("tokenizer.json"), "tokenizer.json: missing or damaged"),
     "truncated tokenizer": (truncate("tokenizer.json", 5000), "tokenizer.json: missing or damaged"),
     "tokenizer of another model": (vocabulary, "belong to different models?"),
+    "an adapter": (write("adapter_config.json", b"{}"), "if that is done, delete adapter_config.json"),
     "no weights": (remove(WEIGHTS), "no model.safetensors in this folder"),
     "shards without an index": (
         lambda f: (f / WEIGHTS).rename(f / "model-00001-of-00001.safetensors"),
@@ -396,6 +402,32 @@ def test_an_output_that_cannot_be_renamed_over_is_refused_at_once(kind, toy, tex
         monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
     result = call(calibrate.main, "--model", toy, "--text", text, "--out", out, *QUICK)
     assert_refused(result, "out: is a link or a mount point", tmp_path, {})
+
+
+def test_a_folder_that_cannot_be_locked_is_said_and_used(tmp_path, capsys, monkeypatch):
+    def acquire(*_, **__):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with locked(tmp_path):
+        assert f"{tmp_path}: cannot be locked ([Errno 37] No locks available)" in capsys.readouterr().out
+
+
+def test_activations_that_do_not_fit_are_said(tmp_path):
+    """No file may grow beyond 10 kB."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, old[1]))
+    try:
+        with pytest.raises(OSError, match=rf"--offload {tmp_path}: 0.016 GB do not fit \(File too large"):
+            empty_activations((1000, 64, 128), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error, said", [(MemoryError(), "out of memory"), (TimeoutError(), "TimeoutError()")], ids=str)
+def test_an_error_without_a_text_is_named(error, said, capsys):
+    assert fail(error) == 2 and capsys.readouterr().err == f"\nerror: {said}\n"
 
 
 def test_a_link_to_nowhere_in_the_model_folder_is_not_copied(toy, text, tmp_path):

@@ -155,11 +155,26 @@ def test_a_revision_can_be_named_and_one_that_is_not_there_is_said(hub, text):
     assert result.returncode == 2 and "org/toy: has no revision v9" in last_line(result)
 
 
-@pytest.mark.parametrize("name, message", [("org/nothing", "not on the Hub, or private"), ("org/gated", "is gated")])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("org/nothing", "not on the Hub, or private"),
+        ("org/gated", "is gated"),
+        ("org/a--b", "no name that the Hub allows"),
+    ],
+)
 def test_what_cannot_be_had_is_said_in_one_line(name, message, hub, text):
     hub.gated.add("org/gated")
     result = hub.run("--model", name, "--text", text)
     assert result.returncode == 2 and message in last_line(result) and "Traceback" not in result.stderr
+
+
+def test_a_text_that_is_no_longer_there_is_named(hub, toy):
+    hub.repositories["datasets/ggml-org/ci"] = {"other.zip": b""}
+    result = hub.run("--model", toy, "--text", "wikitext2")
+    assert result.returncode == 2 and "ggml-org/ci: lacks wikitext-2-raw-v1.zip: give a folder or file" in last_line(
+        result
+    )
 
 
 def test_without_a_network_and_a_cache_one_line_says_so(hub, text):

@@ -157,7 +157,7 @@ def test_folder_of_somebody_else_is_left_alone(toy, text, tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "precious").write_text("data")
     result = call(main, *command(toy, text, tmp_path / "out"))
-    assert result.code == 2 and "holds no calibration.json" in result.err
+    assert result.code == 2 and "holds no calibration.json, so it is no run; give another --out" in result.err
     assert snapshot(tmp_path) == {"out.partial/precious": b"data"}
 
 
