@@ -45,11 +45,6 @@ class FlexBCQQuantizer(HfQuantizer):
                 model.set_submodule(name, packed.requires_grad_(False))
         return model
 
-    def get_new_dtype(self, converter, param, dtype):
-        """alpha and shift stay fp16, whatever dtype is asked for; only the stored dtype tells them from norms."""
-        stored = param.get_dtype() if hasattr(param, "get_dtype") else param.dtype
-        return None if stored in ("F16", torch.float16) else super().get_new_dtype(converter, param, dtype)
-
     def is_serializable(self, *args, **kwargs) -> bool:
         return True
 

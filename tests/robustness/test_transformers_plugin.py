@@ -1,8 +1,11 @@
 """A packed folder opens in transformers as it is."""
 
+import shutil
+
 import pytest
 import torch
 from helpers import call
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import calibrate
@@ -32,11 +35,21 @@ def test_logits_are_ours_and_saving_keeps_them(packed, tmp_path):
     torch.testing.assert_close(Checkpoint(tmp_path).model()(ids), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_every_linear_layer_is_bit_planes_whatever_dtype_is_asked_for(packed):
-    model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.bfloat16)
-    layers = [m for m in model.modules() if isinstance(m, BCQLinear)]
-    assert len(layers) == 14 and all(layer.alpha.dtype == layer.shift.dtype == torch.float16 for layer in layers)
-    assert model.model.norm.weight.dtype == torch.bfloat16
+def test_every_linear_layer_is_bit_planes_whatever_dtype_is_asked_for(packed, tmp_path):
+    """The rest of the model may be stored in fp16, like the scales."""
+    for shard in shutil.copytree(packed, tmp_path / "packed").glob("*.safetensors"):
+        tensors = {name: t.half() if name.endswith("weight") else t for name, t in load_file(shard).items()}
+        save_file(tensors, shard, metadata={"format": "pt"})
+    ours = Checkpoint(packed).model()
+    for folder in (packed, tmp_path / "packed"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, BCQLinear)}
+        assert len(layers) == 14
+        for name, layer in layers.items():
+            for key, stored in ours.get_submodule(name).named_buffers():
+                found = layer.get_buffer(key)
+                assert found.dtype == stored.dtype and torch.equal(found, stored), (name, key)
+        assert model.model.norm.weight.dtype == model.lm_head.weight.dtype == torch.bfloat16
 
 
 def test_it_generates_as_ours_does(packed):
