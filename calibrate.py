@@ -301,6 +301,8 @@ def quantize_block(
     # levels and codes to start with
     initializing = time.perf_counter()
     quantizers = quantize_layers(checkpoint, block, i, settings, importance, hessians, advance)
+    for quantizer in quantizers.values():
+        parallel.agree(quantizer.state_dict().values())  # GPUs do not add in the same order twice
     record = {"initializing": time.perf_counter() - initializing, "training": 0.0}
     record["loss_before"] = output_error(block, x.quantized, x.rope, x.target)
     advance(f"loss {record['loss_before']:.3e}")
@@ -413,19 +415,22 @@ def complete(checkpoint: Checkpoint, windows: Tensor, settings: Settings, folder
     """All blocks are there: write the rest of the files, measure what was written, complete the report.
 
     The perplexity is that of the files, read back."""
-    if settings.dequantized:
-        dequantize_blocks(checkpoint, folder, settings)
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    quantization = {"quant_method": "flexbcq"} | settings.decisive() | versions
-    write_rest(checkpoint, folder, None if settings.dequantized else quantization)
+    if parallel.rank() == 0:
+        if settings.dequantized:
+            dequantize_blocks(checkpoint, folder, settings)
+        quantization = {"quant_method": "flexbcq"} | settings.decisive() | versions
+        write_rest(checkpoint, folder, None if settings.dequantized else quantization)
+    parallel.wait()
 
     written = Checkpoint(folder)
     value = perplexity(written, windows, settings.device, label=settings.method)
     report["perplexity"][settings.method] = value
     report |= {"bits_per_weight": stored_bits(written, check_layers(checkpoint, settings)[0])}
     report |= {"peak_bytes": peak_bytes(), "versions": versions}
-    with whole_file(folder / "calibration.png") as temporary:
-        plot(report["blocks"], f"{settings.method}, {settings.bits} bits", temporary)
+    if parallel.rank() == 0:
+        with whole_file(folder / "calibration.png") as temporary:
+            plot(report["blocks"], f"{settings.method}, {settings.bits} bits", temporary)
 
 
 def run(settings: Settings) -> None:
@@ -447,16 +452,16 @@ def run(settings: Settings) -> None:
     with resumable(settings, checkpoint, texts) as (folder, report):
         earlier = [*report["blocks"], report.get("finish", {"seconds": 0})]
         start -= sum(record["seconds"] for record in earlier)
-        if parallel.rank() == 0 and settings.baselines:
+        if settings.baselines:
             measure_baselines(checkpoint, windows, settings, report["perplexity"])
         calibrate(checkpoint, samples, settings, folder, report)
         if settings.finish_steps:
             finish(checkpoint, others, settings, folder, report)
+        complete(checkpoint, windows, settings, folder, report)
+        report |= {"text": eval_name, "eval_seq_len": settings.eval_seq_len, "eval_windows": len(windows)}
+        report |= {"seconds": time.perf_counter() - start}
+        report |= {"cpu_seconds": time.process_time()}  # without those of killed processes
         if parallel.rank() == 0:
-            complete(checkpoint, windows, settings, folder, report)
-            report |= {"text": eval_name, "eval_seq_len": settings.eval_seq_len, "eval_windows": len(windows)}
-            report |= {"seconds": time.perf_counter() - start}
-            report |= {"cpu_seconds": time.process_time()}  # without those of killed processes
             write_json(folder / REPORT, report)
 
     if parallel.rank() == 0:

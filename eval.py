@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from kernel import forced_path
 from llama import Block, most_likely, rope_tables
+from support import parallel
 from support.chat import as_chat
 from support.checkpoint import Checkpoint
 from support.cloze import answer_items, mmlu_items, read_items
@@ -72,18 +73,20 @@ def parts(windows: Tensor, *states: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def perplexity(
     checkpoint: Checkpoint, windows: Tensor, device="cpu", prepare: Callable[[Block, int], None] | None = None, label=""
 ) -> float:
-    """exp of the mean next-token loss.
+    """exp of the mean next-token loss. Several processes share the windows.
 
     windows: (n_windows, seq_len) int64
     prepare: called with each block and its number before it is used, for example to quantize it
     label: what the progress bar calls it
     Raises ValueError if the loss is not a number."""
-    x = run_blocks(checkpoint, windows, device, prepare, label)
-    head, loss = checkpoint.head(device=device), 0.0
-    for wanted, part in parts(windows, x):
-        logits = head(part.to(device))  # (n, vocab_size)
-        loss += F.cross_entropy(logits, wanted.to(device), reduction="sum").item()
-    return exp_loss(checkpoint, loss / windows[:, 1:].numel())
+    own, loss = parallel.share(windows), 0.0
+    if len(own):
+        x = run_blocks(checkpoint, own, device, prepare, label)
+        head = checkpoint.head(device=device)
+        for wanted, part in parts(own, x):
+            logits = head(part.to(device))  # (n, vocab_size)
+            loss += F.cross_entropy(logits, wanted.to(device), reduction="sum").item()
+    return exp_loss(checkpoint, parallel.total(loss) / windows[:, 1:].numel())
 
 
 def exp_loss(checkpoint: Checkpoint, loss: float) -> float:

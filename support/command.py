@@ -16,15 +16,18 @@ def default_device() -> str:
 
 
 def check_device(name: str) -> torch.device:
-    """The device of this name, "cuda" with its number. Raises ValueError if it cannot be used here.
+    """The device of this name, "cuda" with its number, made the current one. Raises ValueError if it cannot be used.
 
     It must know float64, which the initialization computes in: Apple's GPUs (mps) do not, and are refused."""
     try:
         probe = torch.zeros(1, dtype=torch.float64, device=name)
         probe.item()
+        if probe.is_cuda:
+            torch.cuda.set_device(probe.device)  # a stream or a CUDA graph is that of the current device
         return probe.device
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
+        said = (str(error).splitlines() or [repr(error)])[0]
+        raise ValueError(f"--device {name}: not usable here ({said})") from None
 
 
 class Tolerant:
@@ -69,7 +72,7 @@ def guarded(run: Callable[[argparse.Namespace], None], parser: argparse.Argument
         sys.exit(fail(error))
     except RuntimeError as error:
         # PyTorch raises a plain RuntimeError when the CPU's memory runs out and when another process dies
-        if "allocate memory" not in str(error) and parallel.world() == 1:
+        if "allocate memory" not in str(error) and not parallel.is_lost(error):
             raise
         sys.exit(fail(error))
     except KeyboardInterrupt as error:

@@ -1,29 +1,43 @@
-"""Several processes on one machine, started by PyTorch's own launcher: torchrun --nproc-per-node N calibrate.py ...
+"""Several processes, started by PyTorch's own launcher: torchrun --nproc-per-node N calibrate.py ...
 
 Each process has a GPU, holds every N-th calibration sequence and takes the same steps; gradients and losses are
-averaged over the processes, so N of them do what one does with the same --batch-size, only sooner. Process 0 alone
-writes and prints. Without torchrun there is one process, and nothing here does anything.
+averaged over the processes, so N of them do what one does with the same --batch-size, only sooner. Perplexities are
+shared in the same way. Process 0 alone writes and prints, but for errors. Without torchrun there is one process, and
+nothing here does anything.
 """
 
 import os
 import sys
+import traceback
 from datetime import timedelta
-from typing import Callable, Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-def start(device: str) -> str:
-    """Join the other processes. Returns the device of this one: of several GPUs, that of its number."""
+def own_device(device: str) -> str:
+    """The device of this process: of the GPUs of its machine that of its number, whichever was asked for."""
+    if dist.is_torchelastic_launched() and device.partition(":")[0] == "cuda":
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return device
+
+
+def backends(device_type: str) -> str:
+    """Who carries the tensors: those on a GPU NCCL, those on a CPU gloo, and numbers such as a loss are on the CPU.
+
+    By default PyTorch takes only the one for the accelerator of the machine, even if that is not used."""
+    return "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+
+
+def start(device_type: str) -> None:
+    """Join the other processes."""
     if dist.is_torchelastic_launched():
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-        dist.init_process_group(timeout=timedelta(days=1))  # gloo on the CPU, NCCL on GPUs; process 0 may take its time
+        sys.excepthook = lambda *error: report("".join(traceback.format_exception(*error)))
+        dist.init_process_group(backends(device_type), timeout=timedelta(days=1))  # process 0 may take its time
         if rank():
             sys.stdout = sys.stderr = open(os.devnull, "w")
-    return device
 
 
 def stop() -> None:
@@ -81,13 +95,17 @@ class Draws:
 # -------------------------------------------------------------------------------------------------- sharing the results
 
 
+def total(x: float) -> float:
+    """The sum over the processes."""
+    found = torch.tensor(x, dtype=torch.float64)
+    if world() > 1:
+        dist.all_reduce(found)
+    return found.item()
+
+
 def mean(x: float) -> float:
     """The average over the processes."""
-    if world() == 1:
-        return x
-    total = torch.tensor(x, dtype=torch.float64)
-    dist.all_reduce(total)
-    return total.item() / world()
+    return total(x) / world()
 
 
 def wait() -> None:
@@ -110,11 +128,32 @@ def agree(tensors: Iterable[Tensor]) -> None:
             dist.broadcast(t, 0)
 
 
-def report(line: str) -> None:
+def agree_on(content: Any) -> Any:
+    """What process 0 has for `content`; anything that can be pickled."""
+    found = [content]
+    if world() > 1:
+        dist.broadcast_object_list(found, 0, device=torch.device("cpu"))
+    return found[0]
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether the error only says that another process has ended."""
+    return world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+def report(text: str) -> None:
     """Print an error on stderr; of several processes, only the first that has one. torchrun then ends the others."""
     if not dist.is_torchelastic_launched():
-        print(line, file=sys.stderr)
-        return
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    if store.add("errors", 1) == 1:
-        print(line, file=sys.__stderr__)
+        print(text, file=sys.stderr)
+    elif is_first_error():
+        print(text, file=sys.__stderr__, flush=True)
+
+
+def is_first_error() -> bool:
+    """Whether no other process has had one. True, too, if torchrun, which counts them, is gone or does not answer."""
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        name = f"errors {os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
+        return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=3)).add(name, 1) == 1
+    except Exception:
+        return True

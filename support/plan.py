@@ -28,9 +28,8 @@ EPOCHS, QUICK_EPOCHS = 20, 1  # of the paper; of the bundled model, less than th
 def resolve(settings: Settings) -> tuple[Checkpoint, Settings]:
     """The model, and the settings with what depends on it or on the machine filled in. Raises ValueError or OSError."""
     forced_path()  # is it one?
-    device = check_device(parallel.start(settings.device))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = check_device(parallel.own_device(str(settings.device)))
+    parallel.start(device.type)
 
     checkpoint = Checkpoint(model_folder(settings.model))
     if checkpoint.config.quantization:

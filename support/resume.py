@@ -53,7 +53,7 @@ def check_out(out: Path) -> None:
         raise OSError(f"--out {out}: exists and is no empty folder; delete it or choose another")
     if out.is_symlink() or out.is_mount():
         raise OSError(f"--out {out}: is a link or a mount point; give the name of a new folder")
-    if (partial_folder(out) / LOCK).exists() and parallel.rank() == 0:
+    if parallel.rank() == 0 and (partial_folder(out) / LOCK).exists():
         with locked(partial_folder(out)):  # is another process at work there?
             pass
 
@@ -126,9 +126,8 @@ def resumable(settings: Settings, source: Checkpoint, texts: dict[str, Tensor]) 
     unchanged. On an error the finished blocks are kept, and the error says so; without any, nothing is left. Raises
     OSError if another process works there, ValueError if the folder belongs to another run."""
     partial = partial_folder(settings.out)
-    if parallel.rank():  # reads what process 0 has written
-        parallel.wait()
-        yield partial, json.loads((partial / REPORT).read_bytes())
+    if parallel.rank():
+        yield partial, parallel.agree_on(None)
         return
 
     partial.mkdir(exist_ok=True)
@@ -136,8 +135,7 @@ def resumable(settings: Settings, source: Checkpoint, texts: dict[str, Tensor]) 
         report = read_report(partial, {"settings": settings.decisive(), "inputs": fingerprints(source, texts)})
         with finished_blocks_kept(partial):
             write_json(partial / REPORT, report)
-            parallel.wait()
-            yield partial, report
+            yield partial, parallel.agree_on(report)
 
     # a folder is renamed when nothing in it is open any more
     if settings.out.exists():
