@@ -7,6 +7,7 @@
 #include <ATen/TensorIterator.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
@@ -18,10 +19,14 @@ extern "C" size_t bcq_matmul_workspace_bytes(int in_features);
 extern "C" const char* bcq_matmul_cuda(const void* bit_planes, const void* alpha, const void* shift, const void* x,
                                        void* y, void* workspace, int type, int batch, int in_features,
                                        int out_features, int n_bits, int group_size, int path, void* stream);
+extern "C" const char* bcq_dequantize_cuda(const void* bit_planes, const void* alpha, const void* shift, void* weight,
+                                           int type, int in_features, int out_features, int n_bits, int group_size,
+                                           void* stream);
 #endif
 
 constexpr int64_t PIECE = 8;         // rows of x that the kernels multiply at once
 constexpr int64_t FEW = 32;          // rows of x up to which pieces are faster than dequantizing, about
+constexpr int64_t FEW_ON_GPU = 64;   // the same on a GPU, by arithmetic (docs/kernels.md)
 constexpr int64_t BUFFER = 4 << 20;  // bytes of dequantized weights at once; they should stay in a cache
 
 static void check(const at::Tensor& x, const at::Tensor& planes, const at::Tensor& alpha, const at::Tensor& shift,
@@ -34,8 +39,7 @@ static void check(const at::Tensor& x, const at::Tensor& planes, const at::Tenso
     const int64_t n_bits = planes.size(0), words = planes.size(2), groups = alpha.size(2);
     TORCH_CHECK_VALUE(n_bits >= 1 && n_bits <= 8, n_bits, " bit-planes: 1 to 8 are possible");
     TORCH_CHECK_VALUE(x.size(-1) == TILE * words, "x has ", x.size(-1), " columns, the bit-planes have ", TILE * words);
-    TORCH_CHECK_VALUE(1 <= x.numel() && (x.is_cpu() || x.numel() <= PIECE * TILE * words), x.numel() / (TILE * words),
-                      " rows of x: 1 to 8 are possible, on a CPU any number but 0");
+    TORCH_CHECK_VALUE(x.numel(), "0 rows of x: any other number is possible");
     TORCH_CHECK_VALUE(planes.size(1) == tiles, "the bit-planes hold ", planes.size(1), " tiles of 32 rows, ",
                       out_features, " rows need ", tiles);
     TORCH_CHECK_VALUE(groups >= 1 && words % groups == 0, groups, " groups do not divide ", words, " words");
@@ -148,21 +152,32 @@ static at::Tensor multiply_cuda(const at::Tensor& x, const at::Tensor& planes, c
     const c10::cuda::CUDAGuard guard(x.device());
     const auto input = x.contiguous();
     const int64_t in_features = x.size(-1), batch = x.numel() / in_features;
-    auto y = at::empty(shape_of_result(x, out_features), x.options());
-    auto workspace = at::empty({(int64_t)bcq_matmul_workspace_bytes(in_features)}, x.options().dtype(at::kByte));
     const int type = x.scalar_type() == at::kFloat ? 0 : x.scalar_type() == at::kHalf ? 1
                      : x.scalar_type() == at::kBFloat16 ? 2 : 3;
+    const int n_bits = planes.size(0), group_size = in_features / alpha.size(2);
+    void* stream = c10::cuda::getCurrentCUDAStream();
+
+    if (batch > FEW_ON_GPU) {
+        auto weight = at::empty({out_features, in_features}, x.options());
+        const char* error = bcq_dequantize_cuda(planes.const_data_ptr(), alpha.const_data_ptr(), shift.const_data_ptr(),
+                                                weight.mutable_data_ptr(), type, in_features, out_features, n_bits,
+                                                group_size, stream);
+        TORCH_CHECK_VALUE(error == nullptr, error);
+        return at::linear(input, weight);
+    }
+
+    auto y = at::empty(shape_of_result(x, out_features), x.options());
+    auto workspace = at::empty({(int64_t)bcq_matmul_workspace_bytes(in_features)}, x.options().dtype(at::kByte));
     const char* error = bcq_matmul_cuda(
         planes.const_data_ptr(), alpha.const_data_ptr(), shift.const_data_ptr(), input.const_data_ptr(),
-        y.mutable_data_ptr(), workspace.mutable_data_ptr(), type, batch, in_features, out_features, planes.size(0),
-        in_features / alpha.size(2), path == "readable" ? 1 : path == "fast" ? 2 : 0, c10::cuda::getCurrentCUDAStream());
+        y.mutable_data_ptr(), workspace.mutable_data_ptr(), type, batch, in_features, out_features, n_bits, group_size,
+        path == "readable" ? 1 : path == "fast" ? 2 : 0, stream);
     TORCH_CHECK_VALUE(error == nullptr, error);
     return y;
 }
 #endif
 
-// x: (..., in_features), on a GPU with 1 to 8 rows; the rest as in kernel.py. Returns (..., out_features) in the dtype
-// of x.
+// x: (..., in_features); the rest as in kernel.py. Returns (..., out_features) in the dtype of x.
 static at::Tensor multiply(const at::Tensor& x, const at::Tensor& planes, const at::Tensor& alpha,
                            const at::Tensor& shift, int64_t out_features, c10::string_view name_) {
     const std::string name(name_);

@@ -1,4 +1,4 @@
-// Bit-planes times activations on a GPU: y = x @ W.T straight from the planes, for 1 to 8 rows of x ("tokens").
+// Bit-planes times activations on a GPU: y = x @ W.T straight from the planes, 1 to 8 rows of x ("tokens") at a time.
 //
 //     bit_planes  (n_bits, out/32, in/32, 32) int32         word [i, t, c, r]: plane i, row 32t + r, columns 32c ..
 //     alpha       (n_bits, out/32, in/group_size, 32) fp16  w = sum_i alpha_i b_i + shift, with b_i = +1 where the
@@ -8,7 +8,8 @@
 // kernel.py tells the layout in full. Two kernels compute the same: `readable_kernel` is the definition and takes every
 // shape, `fast_kernel` hands the planes to the tensor cores. In both, a block owns a tile of 32 rows, its warps share
 // the columns among them, and at the end the sums of the warps are added in a fixed order. So there are no atomics, two
-// runs agree bit for bit, and a token goes through the same operations whatever the batch it is in.
+// runs agree bit for bit, and a token goes through the same operations whatever the batch it is in. For many tokens,
+// `dequantize_kernel` writes the weight down once, and a matrix product of cuBLAS does the rest.
 //
 // No PyTorch here, and nothing is allocated. tests/cuda_on_cpu.h lets g++ compile this file, to run it without a GPU.
 
@@ -19,7 +20,8 @@
 
 constexpr int TILE = 32;      // rows side by side, columns in a word, threads in a warp
 constexpr int WARPS = 12;     // in a block, at most
-constexpr int MAX_BATCH = 8;  // and the n of the mma
+constexpr int MAX_BATCH = 8;  // tokens at a time, and the n of the mma
+constexpr int MAX_BITS = 8;
 constexpr int CHUNK = 128;    // columns that a warp of the fast kernel takes at a time
 enum Type { FP32, FP16, BF16 };
 enum Path { AUTO, READABLE, FAST };
@@ -87,6 +89,39 @@ readable_kernel(const Words* bit_planes, const Scales* alpha, const Scales* shif
     }
     for (int token = 0; token < tokens; token++) partial[warp][token][lane] = sum[token];
     add_warps(partial, y, type, batch, out_features);
+}
+
+// ---- The weight itself ----
+// A warp takes one word of every row of a tile and writes the 32 weights of one row after the other, a lane each: the
+// planes are read once, and both reading and writing go along the memory. Sums are in the order of `dequantize` in
+// kernel.py, so they are the same bit for bit.
+__global__ void __launch_bounds__(WARPS * TILE)
+dequantize_kernel(const Words* bit_planes, const Scales* alpha, const Scales* shift, void* weight, int type,
+                  int in_features, int out_features, int n_bits, int group_size) {
+    __shared__ int word[WARPS][MAX_BITS][TILE];
+    __shared__ float plus[WARPS][MAX_BITS][TILE], offset[WARPS][TILE];
+    int warp = threadIdx.x / TILE, lane = threadIdx.x % TILE;
+    int words = in_features / TILE, groups = in_features / group_size;
+    int rows = min(TILE, out_features - int(blockIdx.x) * TILE);  // the last tile may end in padding
+    for (int c = warp; c < words; c += WARPS) {
+        int group = c * TILE / group_size;
+        offset[warp][lane] = __half2float(shift[blockIdx.x * groups + group][lane]);
+        for (int i = 0; i < n_bits; i++) {
+            int tile = i * gridDim.x + blockIdx.x;
+            word[warp][i][lane] = bit_planes[tile * words + c][lane];
+            plus[warp][i][lane] = __half2float(alpha[tile * groups + group][lane]);
+        }
+        __syncwarp();  // until now a lane was a row, from here on it is a column
+        for (int row = 0; row < rows; row++) {
+            float sum = offset[warp][row];
+            for (int i = 0; i < n_bits; i++) {
+                float a = plus[warp][i][row];
+                sum += word[warp][i][row] >> lane & 1 ? a : -a;
+            }
+            store(weight, type, (blockIdx.x * TILE + row) * in_features + c * TILE + lane, sum);
+        }
+        __syncwarp();  // nobody needs these words any more
+    }
 }
 
 // ---- The fast kernel ----
@@ -219,10 +254,23 @@ auto readable_for(int n_bits) {
     return kernels[n_bits - 1];
 }
 
+// Was this file compiled with the mma for the current device? Code for an older card runs on a newer one.
 static bool has_mma() {
-    int device, major;
-    return cudaGetDevice(&device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 8;
+    cudaFuncAttributes found;
+    return cudaFuncGetAttributes(&found, fast_kernel<1, 12>) == cudaSuccess && found.ptxVersion >= 80;
+}
+
+static const char* text_of(cudaError_t error) {
+    if (error == cudaSuccess) return nullptr;
+    cudaGetLastError();  // said now: whoever asks next shall not find it
+    return cudaGetErrorString(error);
+}
+
+static const char* wrong(int type, int in_features, int n_bits, int group_size) {
+    if (n_bits < 1 || n_bits > MAX_BITS) return "n_bits is not 1 to 8";
+    if (type < FP32 || type > BF16) return "x is not fp32, fp16 or bf16";
+    if (group_size < TILE || group_size % TILE || in_features % group_size) return "group_size does not fit";
+    return nullptr;
 }
 
 // Bytes on the device in which the fast kernel prepares x; free for other use as soon as y is there.
@@ -234,12 +282,23 @@ extern "C" size_t bcq_matmul_workspace_bytes(int in_features) { return in_featur
 extern "C" const char* bcq_matmul_cuda(const void* bit_planes, const void* alpha, const void* shift, const void* x,
                                        void* y, void* workspace, int type, int batch, int in_features,
                                        int out_features, int n_bits, int group_size, int path, void* stream) {
-    if (batch < 1 || batch > MAX_BATCH) return "batch is not 1 to 8";
-    if (n_bits < 1 || n_bits > 8) return "n_bits is not 1 to 8";
-    if (type < FP32 || type > BF16) return "x is not fp32, fp16 or bf16";
-    if (group_size < TILE || group_size % TILE || in_features % group_size) return "group_size does not fit";
+    if (batch < 1) return "batch is less than 1";
+    if (const char* what = wrong(type, in_features, n_bits, group_size)) return what;
     bool can_be_fast = type != FP32 && n_bits <= 4 && group_size % CHUNK == 0 && workspace && has_mma();
     if (path == FAST && !can_be_fast) return "the fast kernel does not take this";
+
+    // more tokens than the kernels take are multiplied in pieces, one after the other
+    if (batch > MAX_BATCH) {
+        size_t size = type == FP32 ? 4 : 2;
+        for (int first = 0; first < batch; first += MAX_BATCH) {
+            const char* error = bcq_matmul_cuda(
+                bit_planes, alpha, shift, (const char*)x + size * first * in_features,
+                (char*)y + size * first * out_features, workspace, type, min(MAX_BATCH, batch - first), in_features,
+                out_features, n_bits, group_size, path, stream);
+            if (error) return error;
+        }
+        return nullptr;
+    }
 
     int tiles = (out_features + TILE - 1) / TILE;
     cudaError_t error;
@@ -257,5 +316,15 @@ extern "C" const char* bcq_matmul_cuda(const void* bit_planes, const void* alpha
                            (const ChunkScales*)alpha, (const ChunkScales*)shift, (const Chunk*)workspace, y, type,
                            batch, in_features, out_features, group_size);
     }
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    return text_of(error);
+}
+
+// weight, (out, in) in the given type, from its planes; below 2^31 elements. The rest as above.
+extern "C" const char* bcq_dequantize_cuda(const void* bit_planes, const void* alpha, const void* shift, void* weight,
+                                           int type, int in_features, int out_features, int n_bits, int group_size,
+                                           void* stream) {
+    if (const char* what = wrong(type, in_features, n_bits, group_size)) return what;
+    int tiles = (out_features + TILE - 1) / TILE;
+    return text_of(launch(dequantize_kernel, tiles, WARPS, stream, (const Words*)bit_planes, (const Scales*)alpha,
+                          (const Scales*)shift, weight, type, in_features, out_features, n_bits, group_size));
 }

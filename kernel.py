@@ -14,8 +14,8 @@ CPU. Rows are padded with zeros to a multiple of 32. Storage is n_bits + 16 (n_b
 `codes` are the bits of one weight as an integer, plane 0 the most significant: for a uniform quantizer, where
 alpha halves from plane to plane, they are the familiar 0 .. 2^n_bits - 1.
 
-Tokens, on a GPU up to 8 at a time, are multiplied straight from the bit-planes, by the first of these paths that a
-machine offers:
+Tokens, any number of them, are multiplied straight from the bit-planes, by the first of these paths that a machine
+offers:
 
     on a GPU    cuda                        kernel.cu: its fast kernel where the shape allows it, else the readable one
     on a CPU    avx512, avx2, neon, scalar  support/cpu/cpu.h, which also tells what avx512_int8 and the like are
@@ -43,7 +43,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 TILE = 32  # rows side by side, and columns in a word
-MAX_BATCH = 8  # tokens that the kernels of a GPU take at once; those of a CPU take any number
 
 
 def columns_per_group(in_features: int, group_size: int) -> int:
@@ -344,8 +343,8 @@ class BCQLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) -> (..., out_features) in the dtype of x, or that of autocast where it is on.
 
-        A few tokens, on a CPU any number, are multiplied straight from the bit-planes; otherwise, or if x needs a
-        gradient, the weight is dequantized first. Raises ValueError on another width or on whole numbers."""
+        Tokens are multiplied straight from the bit-planes; if there is no kernel for that, or x needs a gradient, the
+        weight is dequantized first. Raises ValueError on another width or on whole numbers."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} columns, the weight has in_features {self.in_features}")
         if not x.is_floating_point():
@@ -354,9 +353,7 @@ class BCQLinear(nn.Module):
         if torch.is_autocast_enabled(device_type):
             x = x.to(torch.get_autocast_dtype(device_type))
 
-        # the kernels of a CPU take any number of tokens, those of a GPU a few
-        tokens = x.numel() // self.in_features
-        taken = 1 <= tokens and (tokens <= MAX_BATCH or x.is_cpu) and not (x.requires_grad or has_tangent(x))
+        taken = x.numel() and not (x.requires_grad or has_tangent(x))
         path = best_path(device_type) if taken else "torch"
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if path == "torch":

@@ -32,7 +32,7 @@ def compiled() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:  # what is loaded stays when its file goes
         compile_for_cpu(Path(folder) / "kernel.so", "-shared", "-fPIC")
         library = ctypes.CDLL(f"{folder}/kernel.so")
-    library.bcq_matmul_cuda.restype = ctypes.c_char_p
+    library.bcq_matmul_cuda.restype = library.bcq_dequantize_cuda.restype = ctypes.c_char_p
     library.bcq_matmul_workspace_bytes.restype = ctypes.c_size_t
     return library
 
@@ -55,6 +55,16 @@ def multiply_by_emulated_cuda(layer: BCQLinear, x: torch.Tensor, path: str) -> t
         raise ValueError(error.decode())
     assert y[size:].isnan().all(), "written past the end of y"
     return y[:size].view(len(x), -1)
+
+
+def dequantize_by_emulated_cuda(layer: BCQLinear, dtype: torch.dtype) -> torch.Tensor:
+    """(out_features, in_features), by the kernel."""
+    weight = torch.full((layer.in_features * layer.out_features + 64,), torch.nan, dtype=dtype)
+    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (layer.bit_planes, layer.alpha, layer.shift, weight))
+    sizes = layer.in_features, layer.out_features, layer.n_bits, layer.group_size
+    assert compiled().bcq_dequantize_cuda(*pointers, TYPES.index(dtype), *sizes, None) is None
+    assert weight[-64:].isnan().all(), "written past the end"
+    return weight[:-64].view(layer.out_features, layer.in_features)
 
 
 def product(layer: BCQLinear, x: torch.Tensor, path: str) -> torch.Tensor:

@@ -8,7 +8,16 @@ import subprocess
 
 import pytest
 import torch
-from products import ROOT, assert_right, compile_for_cpu, multiply_by_emulated_cuda, numbers, product
+from products import (
+    ROOT,
+    TYPES,
+    assert_right,
+    compile_for_cpu,
+    dequantize_by_emulated_cuda,
+    multiply_by_emulated_cuda,
+    numbers,
+    product,
+)
 
 from experiments.kernels import random_layer
 
@@ -19,6 +28,8 @@ MAIN = r"""
 extern "C" size_t bcq_matmul_workspace_bytes(int);
 extern "C" const char* bcq_matmul_cuda(const void*, const void*, const void*, const void*, void*, void*, int, int, int,
                                        int, int, int, int, void*);
+extern "C" const char* bcq_dequantize_cuda(const void*, const void*, const void*, void*, int, int, int, int, int,
+                                           void*);
 std::vector<char> read(const char* bytes) {  // of exactly this size, so that the sanitizer sees a step past its end
     std::vector<char> data(std::atoi(bytes));
     if (std::fread(data.data(), 1, data.size(), stdin) != data.size()) std::abort();
@@ -31,6 +42,9 @@ int main(int, char** argument) {
     std::vector<char> y(std::atoi(argument[5])), workspace(bcq_matmul_workspace_bytes(n[2]));
     const char* error = bcq_matmul_cuda(planes.data(), alpha.data(), shift.data(), x.data(), y.data(),
                                         workspace.data(), n[0], n[1], n[2], n[3], n[4], n[5], n[6], nullptr);
+    std::vector<char> weight(size_t(n[2]) * n[3] * (n[0] ? 2 : 4));
+    bcq_dequantize_cuda(planes.data(), alpha.data(), shift.data(), weight.data(), n[0], n[2], n[3], n[4], n[5],
+                        nullptr);
     if (error) std::fputs(error, stderr);
     std::fwrite(y.data(), 1, y.size(), stdout);
     return error != nullptr;
@@ -63,9 +77,29 @@ def test_the_fast_kernel_runs_where_it_can_and_the_readable_one_elsewhere(n_bits
             run(layer, x, "fast")
 
 
-def test_a_batch_of_nine_is_refused(run):
-    with pytest.raises(ValueError, match="(batch is not|rows of x:) 1 to 8"):
-        run(random_layer(32, 128, 3, 128), torch.randn(9, 128), "cuda")
+@pytest.mark.parametrize("n_tokens", (9, 24, 61))
+@pytest.mark.parametrize("group_size, dtype", [(128, torch.bfloat16), (64, torch.float32)])
+def test_a_token_has_the_same_bits_in_any_prompt(group_size, dtype, n_tokens, run):
+    layer, x = random_layer(33, 256, 3, group_size), torch.randn(n_tokens, 256).to(dtype)
+    y = run(layer, x, "cuda")
+    assert_right(y, layer, x)
+    for i in (0, 8, n_tokens - 1):
+        assert torch.equal(y[i], run(layer, x[i : i + 1], "cuda")[0])
+
+
+@pytest.mark.parametrize("shape", [(33, 576, 3, 64), (1, 256, 4, 256), (64, 192, 8, 32), (40, 1536, 1, 1536)])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_the_dequantized_weight_is_that_of_pytorch(shape, dtype):
+    layer = random_layer(*shape)
+    assert torch.equal(dequantize_by_emulated_cuda(layer, dtype), layer.dequantize(dtype))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_long_prompt_on_a_gpu_is_right(dtype):
+    layer, x = random_layer(96, 256, 3, 128, "cuda"), torch.randn(2, 200, 256, device="cuda").to(dtype)
+    w = layer.dequantize(dtype)
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, w))
 
 
 def test_no_kernel_reads_or_writes_out_of_bounds(tmp_path):
@@ -97,7 +131,7 @@ def test_nvcc_keeps_everything_in_registers(arch, tmp_path):
     command = ["nvcc", "-c", f"-arch={arch}", "-Xptxas", "-v", ROOT / "kernel.cu", "-o", tmp_path / "kernel.o"]
     report = subprocess.run(command, capture_output=True, text=True).stderr
     kernels = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes spill.*?Used (\d+) registers", report, re.S)
-    assert len(kernels) == 21, report
+    assert len(kernels) == 22, report
     for name, spilled, registers in kernels:
         fast = re.match(r"_Z11fast_kernelILi(\d)", name)
         assert spilled == "0" and int(registers) <= (80 if fast and fast[1] < "4" else 128), (name, spilled, registers)

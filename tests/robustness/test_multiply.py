@@ -186,7 +186,7 @@ def test_gradients_with_respect_to_x_are_those_of_the_dequantized_weight():
     [
         (dict(x=torch.randn(2, 64)), "x has 64 columns, the bit-planes have 96"),
         (dict(x=torch.ones(2, 96, dtype=torch.int32)), "x is Int"),
-        (dict(x=torch.randn(0, 96)), "0 rows of x: 1 to 8"),
+        (dict(x=torch.randn(0, 96)), "0 rows of x"),
         (dict(bit_planes=torch.zeros(3, 3, 3, 32, dtype=torch.int32)), "hold 3 tiles of 32 rows, 40 rows need 2"),
         (dict(bit_planes=torch.zeros(9, 2, 3, 32, dtype=torch.int32)), "9 bit-planes"),
         (dict(bit_planes=torch.zeros(3, 2, 3, 32)), "are Float, Half, Half, expected int32"),
