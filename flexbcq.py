@@ -73,7 +73,10 @@ def levels(alpha: Tensor, shift: Tensor) -> Tensor:
 
     >>> levels(torch.tensor([[2.0, 0.5]]), torch.tensor([[1.0]]))
     tensor([[-1.5000, -0.5000,  2.5000,  3.5000]])"""
-    return alpha @ sign_patterns(alpha.shape[1], alpha).T + shift
+    signs = sign_patterns(alpha.shape[1], alpha)
+    if alpha.is_cuda:  # in float64: of float32 a GPU may round the factors (TF32), and `fold` does not
+        return (alpha.double() @ signs.double().T).to(alpha.dtype) + shift
+    return alpha @ signs.T + shift
 
 
 def uniform_levels(n_bits: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -173,7 +173,13 @@ class Attention(nn.Module):
         if past and n_new > 1:
             mask = torch.ones(n_new, past + n_new, dtype=torch.bool, device=x.device).tril(past)
 
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not past, enable_gqa=self.n_rep > 1)
+        # in float32 a GPU has no fast attention for grouped heads, only one that stores all n_heads * length^2 weights
+        is_grouped = self.n_rep > 1
+        if is_grouped and x.is_cuda and x.dtype == torch.float32:
+            k, v = (t.repeat_interleave(self.n_rep, dim=1) for t in (k, v))
+            is_grouped = False
+
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not past, enable_gqa=is_grouped)
         return self.o_proj(y.transpose(1, 2).reshape(batch, n_new, -1))
 
 

@@ -72,11 +72,14 @@ class Draws:
     Every place in the batch has its own samples and its own generator: place c takes samples c, c + batch_size, c + 2
     batch_size, ... Processes that divide the places among them therefore draw together what a single process draws."""
 
-    def __init__(self, n_samples: int, batch_size: int, epochs: int, seed: int):
-        """n_samples: those of this process; batch_size: of all processes together."""
-        places = range(rank(), batch_size, world())
-        self.generators = [torch.Generator().manual_seed(seed * batch_size + place) for place in places]
-        self.epochs, self.steps_per_epoch = epochs, n_samples // len(places)
+    def __init__(self, n_samples: int, batch_size: int, epochs: int, seed: int, device: str | torch.device = "cpu"):
+        """n_samples: those of this process; batch_size: of all processes together; device: where the numbers are drawn,
+        a CPU and a GPU other ones"""
+        seeds = [seed * batch_size + place for place in range(rank(), batch_size, world())]
+        self.generators = [torch.Generator().manual_seed(s) for s in seeds]  # for the samples, which are on the host
+        on_host = torch.device(device).type == "cpu"
+        self.mixers = self.generators if on_host else [torch.Generator(device).manual_seed(s) for s in seeds]
+        self.epochs, self.steps_per_epoch = epochs, n_samples // len(seeds)
 
     def __len__(self) -> int:
         return self.epochs * self.steps_per_epoch
@@ -89,7 +92,7 @@ class Draws:
                 yield chosen, self.uniform
 
     def uniform(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.stack([torch.rand(shape, generator=g) for g in self.generators])
+        return torch.stack([torch.rand(shape, generator=g, device=g.device) for g in self.mixers])
 
 
 # -------------------------------------------------------------------------------------------------- sharing the results

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 from tqdm import tqdm
 
 from flexbcq import check_fp16
@@ -95,13 +96,24 @@ def check_weights(checkpoint: Checkpoint, settings: Settings) -> None:
     for i in tqdm(range(checkpoint.config.num_hidden_layers), desc="reading weights", unit="block", leave=False):
         for name in names:
             with named(f"model.layers.{i}.{name}"):
-                check_fp16(checkpoint.tensor(f"model.layers.{i}.{name}.weight"), settings.bits)
+                weight = checkpoint.tensor(f"model.layers.{i}.{name}.weight")
+                check_fp16(weight, settings.bits)
+                if is_coarse(weight, settings.bits):
+                    print(f"model.layers.{i}.{name}: weights this small lose accuracy, as levels are stored in fp16")
 
 
-def check_space(checkpoint: Checkpoint, settings: Settings, weights: int, bits: float) -> None:
+def is_coarse(weight: Tensor, n_bits: int) -> bool:
+    """Whether the smallest alpha of this weight will be less than about 8 of the smallest steps of fp16.
+
+    >>> is_coarse(torch.tensor([1e-5]), 4), is_coarse(torch.tensor([1e-6]), 4)
+    (False, True)"""
+    return 0 < weight.abs().max().item() / 2**n_bits < 8 * 2**-24
+
+
+def check_space(checkpoint: Checkpoint, settings: Settings, weights: int, bits: float, n_eval: int) -> None:
     """Print what will be needed on the host. Raises ValueError if there is less of it.
 
-    weights, bits: as `check_layers` returns them"""
+    weights, bits: as `check_layers` returns them; n_eval: tokens that a perplexity is measured on"""
     config = checkpoint.config
 
     # the new files, without those left by an interrupted run that we continue
@@ -117,6 +129,12 @@ def check_space(checkpoint: Checkpoint, settings: Settings, weights: int, bits: 
         needs[f"--offload {settings.offload}"] = activations, shutil.disk_usage(settings.offload).free
     else:
         needs[f"--samples {settings.samples}, activations in memory"] = activations, psutil.virtual_memory().total
+
+    # perplexity keeps its activations in float32, before and after
+    needs[f"{n_eval} tokens of evaluation text, in memory"] = (
+        4 * n_eval * config.hidden_size,
+        psutil.virtual_memory().total,
+    )
 
     for name, (needed, available) in needs.items():
         print(f"{name}: {needed / 1e9:.3f} GB of {available / 1e9:.1f} GB")
