@@ -43,6 +43,7 @@ from support.finish import finish
 from support.plan import (
     check_finish,
     check_layers,
+    check_perplexity,
     check_space,
     check_weights,
     peak_and_total,
@@ -474,9 +475,10 @@ def run(settings: Settings) -> None:
     # everything that can be checked beforehand
     checkpoint, settings = resolve(settings)
     weights, bits = check_layers(checkpoint, settings)
-    samples, others, windows, eval_name = load_texts(checkpoint, settings)
-    check_space(checkpoint, settings, weights, bits, windows.numel())
+    check_space(checkpoint, settings, weights, bits)
     settings = check_finish(checkpoint, settings, weights)
+    samples, others, windows, eval_name = load_texts(checkpoint, settings)
+    check_perplexity(checkpoint, windows)
     check_weights(checkpoint, settings)
     rehearse(checkpoint, samples, windows, settings)
     if settings.dry_run:

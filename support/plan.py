@@ -110,10 +110,10 @@ def is_coarse(weight: Tensor, n_bits: int) -> bool:
     return 0 < weight.abs().max().item() / 2**n_bits < 8 * 2**-24
 
 
-def check_space(checkpoint: Checkpoint, settings: Settings, weights: int, bits: float, n_eval: int) -> None:
+def check_space(checkpoint: Checkpoint, settings: Settings, weights: int, bits: float) -> None:
     """Print what will be needed on the host. Raises ValueError if there is less of it.
 
-    weights, bits: as `check_layers` returns them; n_eval: tokens that a perplexity is measured on"""
+    weights, bits: as `check_layers` returns them"""
     config = checkpoint.config
 
     # the new files, without those left by an interrupted run that we continue
@@ -130,18 +130,23 @@ def check_space(checkpoint: Checkpoint, settings: Settings, weights: int, bits: 
     else:
         needs[f"--samples {settings.samples}, activations in memory"] = activations, psutil.virtual_memory().total
 
-    # perplexity keeps its activations in float32, before and after
-    needs[f"{n_eval} tokens of evaluation text, in memory"] = (
-        4 * n_eval * config.hidden_size,
-        psutil.virtual_memory().total,
-    )
-
     for name, (needed, available) in needs.items():
-        print(f"{name}: {needed / 1e9:.3f} GB of {available / 1e9:.1f} GB")
-        if needed > available:
-            raise ValueError(
-                f"{name}: needs {needed / 1e9:.3f} GB, there are {available / 1e9:.3f}; make space or ask for less"
-            )
+        check_one(name, needed, available)
+
+
+def check_perplexity(checkpoint: Checkpoint, windows: Tensor) -> None:
+    """The same for the activations of a perplexity, which are kept in float32. windows: (n_windows, seq_len)"""
+    needed = 4 * windows.numel() * checkpoint.config.hidden_size
+    check_one(f"{windows.numel()} tokens of evaluation text, in memory", needed, psutil.virtual_memory().total)
+
+
+def check_one(name: str, needed: float, available: float) -> None:
+    """Print both numbers of bytes. Raises ValueError if there is less than needed."""
+    print(f"{name}: {needed / 1e9:.3f} GB of {available / 1e9:.1f} GB")
+    if needed > available:
+        raise ValueError(
+            f"{name}: needs {needed / 1e9:.3f} GB, there are {available / 1e9:.3f}; make space or ask for less"
+        )
 
 
 def check_finish(checkpoint: Checkpoint, settings: Settings, weights: int) -> Settings:
