@@ -358,7 +358,7 @@ What a run costs in processor time, checks and evaluation included:
 On the bundled model, one switch changed at a time: `python calibrate.py {ABLATED} --bits BITS SWITCH`, a minute or two
 each. Perplexity, and how much higher it is than the default's. The original has
 {bundled[0]["perplexity"]["original"]:.2f}, rtn {" and ".join(f"{run['perplexity']['rtn']:.2f}" for run in bundled)}.
-The last two rows change the seed only: smaller differences than theirs are noise. `--n-rounds 0` starts from rtn's
+The rows of chance change the seed only: smaller differences than theirs are noise. `--n-rounds 0` starts from rtn's
 levels, with an integer zero-point.
 
 {ablation_table(runs)}
