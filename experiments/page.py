@@ -271,7 +271,7 @@ def plots(runs: dict) -> None:
             shares = [(distance + 0.25 * (bits - 3), share) for distance, share in enumerate(run["moves"]) if share]
             panels[2].bar(*zip(*shares), width=0.22, color=color, label=f"{bits} bits")
     panels[2].set(xlabel="levels that a weight moved in training", ylabel="share of the weights", yscale="log")
-    panels[2].set(title=f"moves of the codes, SmolLM2, groups of {MAIN[1]}")
+    panels[2].set(title=f"SmolLM2, groups of {MAIN[1]}")
     panels[2].xaxis.get_major_locator().set_params(integer=True)
     panels[2].legend()
     with whole_file(PLOT) as temporary:
@@ -311,6 +311,7 @@ def markdown(store: dict) -> str:
     machines = sorted({run["machine"] for run in runs.values()})
     few, whole = (perplexity(runs, options("rtn", *MAIN, windows), "original") for windows in (FEW, WHOLE))
     on_all = f" ({whole:.2f} on the whole test set)" if whole else ""
+    has_plot = ablation(2, "--period 1") in runs and ablation(2, "--tau 1e9") in runs
     missing = len([chosen for chosen in wanted() if chosen not in runs])
     return f"""# Results
 
@@ -363,7 +364,7 @@ levels, with an integer zero-point.
 
 {ablation_table(runs)}
 
-![Perplexity against the period and the threshold of filtering; how far codes moved](docs/ablation.png)
+{"![Perplexity against the period and the threshold of filtering; how far codes moved](docs/ablation.png)" * has_plot}
 
 ## Where the time goes
 
@@ -386,7 +387,8 @@ What others publish for larger models at 3 bits (WikiText-2, windows of 2,048 to
 
 
 def write_page(store: dict) -> None:
-    plots(store["runs"])
+    if "docs/ablation.png" in markdown(store):
+        plots(store["runs"])
     peers_plot(store["runs"])
     with whole_file(PAGE) as temporary:
         temporary.write_text(markdown(store), "utf-8", newline="\n")
