@@ -92,10 +92,9 @@ def inputs_and_output(blocks: list[Block], x: Tensor, rope: tuple[Tensor, Tensor
 
 
 def divergence(head: nn.Module, x: Tensor, original: Tensor) -> Iterator[Tensor]:
-    """The KL above in parts that add up to it. x, original: (seq_len, hidden_size), what the head gets.
+    """The KL above in parts that add up to it, but for the first token, which has no context.
 
-    The first token is left out: it has no context, and in many models it is a massive activation that would own the
-    sum."""
+    x, original: (seq_len, hidden_size), what the head gets"""
     for part, wanted in zip(x[1:].split(HEAD_TOKENS), original[1:].split(HEAD_TOKENS)):
         log_q, log_p = head(part).log_softmax(-1), head(wanted).log_softmax(-1)
         yield F.kl_div(log_q, log_p, log_target=True, reduction="sum") / (len(x) - 1)

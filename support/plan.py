@@ -152,7 +152,7 @@ def check_one(name: str, needed: float, available: float) -> None:
 def check_finish(checkpoint: Checkpoint, settings: Settings, weights: int) -> Settings:
     """Print what the finish needs in the memory of the device; the settings without it if there is less.
 
-    weights: to quantize in a block. Measured: the rest, one block with its activations, is within what blocks need"""
+    weights: to quantize in a block. The rest, one block with its activations, has been there for the blocks"""
     if not settings.finish_steps:
         return settings
     config = checkpoint.config
