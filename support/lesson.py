@@ -495,8 +495,8 @@ class Builds(TorchDispatchMode):
         super().__init__()
         self.forbidden, self.found = (w, w - shift[:, None]), False
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **kwargs or {})
+    def __torch_dispatch__(self, function, types, given=(), named=None):
+        result = function(*given, **named or {})
         if isinstance(result, Tensor) and result.is_floating_point():
             if any(result.shape in (w.shape, w.T.shape) and matches(result, w) for w in self.forbidden):
                 self.found = True
