@@ -105,8 +105,10 @@ class Settings:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)  # frozen, but not yet for others to see
 
-        if (self.method == "gptq") > self.feedback_passes or self.method == "rtn" and self.feedback_passes:
-            raise ValueError("--feedback-passes: gptq is rtn with error feedback, and rtn is gptq without")
+        if self.method == "rtn" and self.feedback_passes:
+            raise ValueError("--method rtn --feedback-passes: rtn with error feedback is --method gptq")
+        if self.method == "gptq" and not self.feedback_passes:
+            raise ValueError("--method gptq --feedback-passes 0: gptq without error feedback is --method rtn")
         if self.finish_steps and not WITH_GPTQ[self.method][1]:
             raise ValueError(f"--finish-steps {self.finish_steps}: the levels of {self.method} are not trained")
 
@@ -168,13 +170,21 @@ class Evaluation:
         check_ranges(self)
 
 
+def flag(name: str) -> str:
+    """The option of a field.
+
+    >>> flag("group_size")
+    '--group-size'"""
+    return "--" + name.replace("_", "-")
+
+
 def check_ranges(settings: Settings | Evaluation) -> None:
     """Raises ValueError naming the option whose number is out of its range."""
     for f in fields(settings):
         value, (low, high) = getattr(settings, f.name), f.metadata["range"]
         if isinstance(value, (int, float)) and not low <= value <= high:
             wanted = f"choose {low} to {high}" if high < math.inf else f"must be at least {low}"
-            raise ValueError(f"--{f.name.replace('_', '-')} {value}: {wanted}")
+            raise ValueError(f"{flag(f.name)} {value}: {wanted}")
 
 
 def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
@@ -195,5 +205,4 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
         text = f.metadata["text"]
         if default is not None and default is not False:
             text += f" (default: {default})"
-        name = "--" + f.name.replace("_", "-")
-        groups[section].add_argument(name, default=argparse.SUPPRESS, help=text, **kind)
+        groups[section].add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
