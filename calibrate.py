@@ -54,7 +54,7 @@ from support.plan import (
     stored_bits,
 )
 from support.resume import REPORT, dequantize_blocks, read_block, resumable, write_block, write_rest
-from support.settings import PAPER, Settings, add_options
+from support.settings import PAPER, Settings, add_options, flag
 
 CHECK_EVERY = 50  # training steps: to look at a loss, the host must wait for a GPU
 N_LINEARS = 7  # in a block: q, k, v, o, gate, up, down
@@ -511,7 +511,7 @@ def main() -> None:
         description="Quantize a Llama (a Hugging Face folder) and write it as a packed checkpoint folder.",
         epilog="The training of a block follows the paper; what surrounds it is ours, and --paper leaves it out.",
     )
-    preset = "--n-ratios 50 --no-importance --no-learn-shift --feedback-passes 0 --finish-steps 0"
+    preset = " ".join("--no-" + flag(k)[2:] if v is False else f"{flag(k)} {v}" for k, v in PAPER.items())
     parser.add_argument("--paper", action="store_const", const=PAPER, default={}, help=f"the paper's method: {preset}")
     add_options(parser, Settings)
     guarded(lambda args: run(Settings(**args.paper | {k: v for k, v in vars(args).items() if k != "paper"})), parser)

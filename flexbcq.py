@@ -68,6 +68,12 @@ def sign_patterns(n_bits: int, like: Tensor) -> Tensor:
     return ((codes[:, None] >> places) & 1).to(like.dtype) * 2 - 1
 
 
+def level_features(n_bits: int, like: Tensor) -> Tensor:
+    """(2^n_bits, n_bits + 1): a level is linear in (alpha_1, .., alpha_k, shift); row c holds the signs of code c and a
+    1."""
+    return F.pad(sign_patterns(n_bits, like), (0, 1), value=1.0)
+
+
 def levels(alpha: Tensor, shift: Tensor) -> Tensor:
     """The value of every code. alpha: (n_groups, n_bits), shift: (n_groups, 1) -> (n_groups, 2^n_bits), unsorted.
 
@@ -168,9 +174,8 @@ def alternating_update(
 
     alpha: (n_groups, n_bits), shift: (n_groups, 1), where to start
     Returns alpha, shift and the squared error of each group, (n_groups, 1), in float64. The error never rises."""
-    # a level is linear in theta = (alpha_1, .., alpha_k, shift): the features of code c are its signs and a 1
     theta = torch.cat((alpha, shift), 1).double()  # (n_groups, n_bits + 1)
-    features = F.pad(sign_patterns(alpha.shape[1], theta), (0, 1), value=1.0)  # (2^n_bits, n_bits + 1)
+    features = level_features(alpha.shape[1], theta)  # (2^n_bits, n_bits + 1)
     products = (features.unsqueeze(2) * features.unsqueeze(1)).flatten(1)  # (2^n_bits, (n_bits + 1)^2)
 
     # a little damping keeps the equations solvable where all weights agree in a bit
@@ -325,7 +330,7 @@ def refit_levels(w: Tensor, hessian: Tensor, codes: Tensor, alpha: Tensor, shift
 
     A row is q = F theta, where F has the signs and a 1 of each weight in the columns of its group, 0 elsewhere. Its
     error is smallest where F^T H F (theta_new - theta) = F^T H (w - q)."""
-    features = F.pad(sign_patterns(alpha.shape[1], w), (0, 1), value=1.0)  # (2^n_bits, n_bits + 1)
+    features = level_features(alpha.shape[1], w)  # (2^n_bits, n_bits + 1)
     theta = torch.cat((alpha, shift), 1).view(len(w), -1, features.shape[1])  # (out_features, groups, n_bits + 1)
     by_group = theta.shape[1], w.shape[1] // theta.shape[1]  # groups, group_size
     pull = (w - dequantize(codes, alpha, shift)) @ hessian  # (out_features, in_features)
@@ -382,7 +387,7 @@ def round_levels(codes: Tensor, alpha: Tensor, shift: Tensor) -> tuple[Tensor, T
     codes: (n_groups, group_size), alpha: (n_groups, n_bits), shift: (n_groups, 1)
     That is `error_feedback` with n_bits + 1 columns for a group: its weights are q = F theta, so an error e of theta
     costs e F^T F e^T. Without it a large alpha, rounded coarsely, would move all weights that share its sign."""
-    features = F.pad(sign_patterns(alpha.shape[1], alpha), (0, 1), value=1.0).double()  # (2^n_bits, n_bits + 1)
+    features = level_features(alpha.shape[1], alpha).double()  # (2^n_bits, n_bits + 1)
     rounded = []
     for code, *parts in chunks(codes, alpha, shift):
         # the largest first: the smallest has the finest steps, and the last word
@@ -405,6 +410,16 @@ def round_levels(codes: Tensor, alpha: Tensor, shift: Tensor) -> tuple[Tensor, T
         rounded.append(torch.empty_like(stored).scatter_(1, order, stored))
     theta = torch.cat(rounded).to(alpha.dtype)
     return theta[:, :-1], theta[:, -1:]
+
+
+def packed_layer(codes: Tensor, alpha: Tensor, shift: Tensor, bias: Tensor | None) -> BCQLinear:
+    """A layer as it ships: bit-planes, alpha and shift rounded to fp16, and the bias as it is.
+
+    codes: (out_features, in_features); alpha, shift: as in `round_levels`; bias: (out_features,)"""
+    alpha, shift = round_levels(codes.view(len(alpha), -1), alpha, shift)
+    packed = BCQLinear.from_codes(codes, alpha.unflatten(0, (len(codes), -1)), shift.view(len(codes), -1))
+    packed.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return packed
 
 
 # ------------------------------------------------------------------------------------------------- the quantizer
@@ -616,10 +631,7 @@ class FlexBCQLinear(nn.Module):
     def pack(self) -> BCQLinear:
         """The layer as it ships: bit-planes, alpha and shift in fp16, and the bias."""
         codes, alpha, shift = self.fold()
-        rounded = round_levels(self.codes, alpha.flatten(0, 1), shift.flatten().unsqueeze(1))
-        packed = BCQLinear.from_codes(codes, *(x.view_as(exact) for x, exact in zip(rounded, (alpha, shift))))
-        packed.bias = None if self.bias is None else nn.Parameter(self.bias, requires_grad=False)
-        return packed
+        return packed_layer(codes, alpha.flatten(0, 1), shift.flatten().unsqueeze(1), self.bias)
 
 
 def check_fp16(weight: Tensor, n_bits: int) -> None:

@@ -304,6 +304,11 @@ def peers_plot(runs: dict) -> None:
         figure.savefig(temporary, dpi=120, format="png")
 
 
+def is_ablated(runs: dict) -> bool:
+    """Whether there is enough to draw `plots`."""
+    return ablation(2, "--period 1") in runs and ablation(2, "--tau 1e9") in runs
+
+
 def markdown(store: dict) -> str:
     """The page."""
     runs, step = store["runs"], store["step"]
@@ -311,7 +316,8 @@ def markdown(store: dict) -> str:
     machines = sorted({run["machine"] for run in runs.values()})
     few, whole = (perplexity(runs, options("rtn", *MAIN, windows), "original") for windows in (FEW, WHOLE))
     on_all = f" ({whole:.2f} on the whole test set)" if whole else ""
-    has_plot = ablation(2, "--period 1") in runs and ablation(2, "--tau 1e9") in runs
+    picture = "![Perplexity against the period and the threshold of filtering; how far codes moved](docs/ablation.png)"
+    picture *= is_ablated(runs)
     missing = len([chosen for chosen in wanted() if chosen not in runs])
     return f"""# Results
 
@@ -364,7 +370,7 @@ levels, with an integer zero-point.
 
 {ablation_table(runs)}
 
-{"![Perplexity against the period and the threshold of filtering; how far codes moved](docs/ablation.png)" * has_plot}
+{picture}
 
 ## Where the time goes
 
@@ -387,7 +393,7 @@ What others publish for larger models at 3 bits (WikiText-2, windows of 2,048 to
 
 
 def write_page(store: dict) -> None:
-    if "docs/ablation.png" in markdown(store):
+    if is_ablated(store["runs"]):
         plots(store["runs"])
     peers_plot(store["runs"])
     with whole_file(PAGE) as temporary:

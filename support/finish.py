@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from eval import run_blocks
-from flexbcq import levels, round_levels
+from flexbcq import dequantize, packed_layer
 from kernel import BCQLinear, from_tiles, unpack
 from llama import Block, rope_tables
 from support import parallel
@@ -38,17 +38,17 @@ HEAD_TOKENS = 512  # whose logits are in memory at a time
 class FixedCodesLinear(nn.Module):
     """A packed layer whose levels can be trained while its codes stay.
 
-    codes: (n_groups, group_size) uint8
+    codes: (out_features, in_features) uint8
     unit:  (n_groups, 1), the mean |alpha| of each group
     theta: (n_groups, n_bits + 1), alpha and shift in this unit, so that one learning rate suits all groups"""
 
     def __init__(self, packed: BCQLinear):
         super().__init__()
-        out, self.shape = packed.out_features, (packed.out_features, packed.in_features)
+        out = packed.out_features
         alpha = torch.stack([from_tiles(plane, out) for plane in packed.alpha], dim=-1)  # (out, groups, n_bits)
         theta = torch.cat((alpha, from_tiles(packed.shift, out).unsqueeze(-1)), dim=-1).flatten(0, 1).float()
         unit = theta[:, :-1].abs().mean(1, keepdim=True).clamp(min=1e-8)
-        self.register_buffer("codes", unpack(packed.bit_planes, out).view(-1, packed.group_size))
+        self.register_buffer("codes", unpack(packed.bit_planes, out))
         self.register_buffer("unit", unit)
         self.register_buffer("bias", packed.bias)
         self.theta = nn.Parameter(theta / unit)
@@ -60,15 +60,12 @@ class FixedCodesLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) -> (..., out_features)."""
-        return F.linear(x, levels(*self.levels()).gather(1, self.codes.long()).view(self.shape), self.bias)
+        return F.linear(x, dequantize(self.codes, *self.levels()), self.bias)
 
     @torch.no_grad()
     def pack(self) -> BCQLinear:
         """The layer as it ships."""
-        alpha, shift = (x.unflatten(0, (self.shape[0], -1)) for x in round_levels(self.codes, *self.levels()))
-        packed = BCQLinear.from_codes(self.codes.view(self.shape), alpha, shift.squeeze(-1))
-        packed.bias = None if self.bias is None else nn.Parameter(self.bias, requires_grad=False)
-        return packed
+        return packed_layer(self.codes, *self.levels(), self.bias)
 
 
 def swap(block: Block, old: type, new: Callable[[nn.Module], nn.Module]) -> Iterator[tuple[str, nn.Module]]:
@@ -147,8 +144,9 @@ def train_levels(
     Returns their divergences."""
     device = settings.device
     rope, head = rope_tables(checkpoint.config, samples.shape[1], device), checkpoint.head(device=device)
-    x, x_held_out = checkpoint.embed(samples), checkpoint.embed(held_out)
-    target, target_held_out = run_blocks(checkpoint, samples, device), run_blocks(checkpoint, held_out, device)
+    ids, sizes = torch.cat((held_out, samples)), (len(held_out), len(samples))
+    x_held_out, x = checkpoint.embed(ids).split(sizes)
+    target_held_out, target = run_blocks(checkpoint, ids, device).split(sizes)
 
     thetas = [layer.theta for block in blocks for _, layer in swap(block, BCQLinear, FixedCodesLinear)]
     optimizer = torch.optim.Adam(thetas, lr=settings.finish_rate, betas=(0.9, 0.95), fused=True)

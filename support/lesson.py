@@ -28,7 +28,16 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from calibrate import Activations, input_hessians, input_squares, output_error, quantize_layers, run_block, train_block
+from calibrate import (
+    Activations,
+    input_hessians,
+    input_squares,
+    output_error,
+    quantize_layers,
+    run_block,
+    train_block,
+    watching,
+)
 from eval import parts, run_blocks
 from experiments.kernels import CACHE, random_layer, seconds_cuda
 from flexbcq import FlexBCQLinear, levels, nearest, uniform_range
@@ -278,10 +287,9 @@ def watch(checkpoint: Checkpoint, windows: Tensor, device: torch.device) -> Seen
     target = checkpoint.embedding()(windows)
     for i in range(3):
         block, source = checkpoint.block(i, device=device), target
-        if i == 2:
-            block.mlp.down_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0].cpu()))
         target = torch.empty_like(source)
-        run_block(block, source, rope, out=target)
+        with watching({"down_proj": block.mlp.down_proj} if i == 2 else {}, lambda _, x: inputs.append(x.cpu())):
+            run_block(block, source, rope, out=target)
     return Seen(source, target, torch.cat(inputs).clone(), rope)
 
 

@@ -117,20 +117,8 @@ def test_same_seed_same_bytes_and_another_seed_other_bytes(packed, toy, text, tm
 @torch.inference_mode()
 def test_initialization_weighs_columns_by_the_inputs_they_meet(option, toy, text, tmp_path):
     """Block 0 as written by bcq, against what `FlexBCQLinear` makes of inputs computed here, layer by layer."""
-    options = [
-        "--model",
-        toy,
-        "--text",
-        text,
-        "--bits",
-        2,
-        "--method",
-        "bcq",
-        "--feedback-passes",
-        0,
-        *FEW_STEPS,
-        *option,
-    ]
+    options = ["--model", toy, "--text", text, "--bits", 2, "--method", "bcq", *FEW_STEPS]
+    options += ["--feedback-passes", 0, *option]
     assert call(main, *options, "--out", tmp_path / "out").code == 0
     checkpoint = Checkpoint(toy)
     settings = Settings(method="bcq", text=text, samples=8, seq_len=64, eval_seq_len=64, eval_windows=1)

@@ -120,26 +120,19 @@ def test_the_best_state_that_was_seen_stays_and_none_worse_than_the_first(quanti
 # ----------------------------------------------------------------------------------------------------------- in a run
 
 
+def command(model, text, out):
+    """A short calibration at 2 bits with a short finish."""
+    options = ["--bits", 2, "--no-baselines", *FEW_STEPS, "--finish-steps", 4]
+    return ["--model", model, "--text", text, "--out", out, *options]
+
+
 @pytest.fixture(scope="module")
 def runs(toy, text, tmp_path_factory):
     """A function from more options to the folder of a run on the toy."""
     root = tmp_path_factory.mktemp("finish")
 
     def calibrate(name, *more):
-        options = [
-            "--model",
-            toy,
-            "--text",
-            text,
-            "--bits",
-            2,
-            "--no-baselines",
-            *FEW_STEPS,
-            "--finish-steps",
-            4,
-            *more,
-        ]
-        result = call(main, *options, "--out", root / name)
+        result = call(main, *command(toy, text, root / name), *more)
         assert result.code == 0, result.err
         return root / name
 
@@ -178,21 +171,7 @@ def test_samples_of_the_blocks_are_the_same_with_and_without_a_finish(runs):
 
 def test_a_model_that_does_not_fit_is_quantized_without(toy, text, tmp_path, monkeypatch):
     monkeypatch.setattr("support.plan.peak_and_total", lambda device: (0, 1000))
-    options = [
-        "--model",
-        toy,
-        "--text",
-        text,
-        "--bits",
-        2,
-        "--no-baselines",
-        *FEW_STEPS,
-        "--finish-steps",
-        4,
-        "--out",
-        tmp_path / "out",
-    ]
-    result = call(main, *options)
+    result = call(main, *command(toy, text, tmp_path / "out"))
     assert result.code == 0 and "more than there is: without the finish" in result.out
     report = json.loads((tmp_path / "out" / "calibration.json").read_text())
     assert report["settings"]["finish_steps"] == 0 and "finish" not in report
