@@ -521,7 +521,7 @@ class FlexBCQLinear(nn.Module):
 
     def __init__(
         self, weight: Tensor, n_bits: int, group_size: int = -1, learn_mapping: bool = True, learn_levels: bool = True,
-        *, n_ratios: int = 10, n_rounds: int = 15, importance: Tensor | None = None, tau: float = 1.0,
+        *, n_ratios: int = 10, n_rounds: int = 8, importance: Tensor | None = None, tau: float = 1.0,
         bias: Tensor | None = None, hessian: Tensor | None = None, n_passes: int = 0,
     ):  # fmt: skip
         super().__init__()

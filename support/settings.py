@@ -21,7 +21,14 @@ TINY = Path(__file__).parent.parent / "models" / "tiny"
 METAVAR = {int: "N", float: "X", Path: "PATH"}
 FOUND = "cuda if there is one, else cpu"
 HELD_OUT = 8  # samples that decide which state the finish keeps
-PAPER = {"n_ratios": 50, "importance": False, "learn_shift": False, "feedback_passes": 0, "finish_steps": 0}
+PAPER = {  # what sets every departure of ours back
+    "n_ratios": 50,
+    "n_rounds": 15,
+    "importance": False,
+    "learn_shift": False,
+    "feedback_passes": 0,
+    "finish_steps": 0,
+}
 
 
 def option(section: str, default: Any, text: str, low: float = -math.inf, high: float = math.inf, **more: Any):
@@ -72,7 +79,7 @@ class Settings:
     learn_shift: bool = switch(True, "train the shift like alpha")
     original_input: float = switch(0.5, "share of a block's inputs taken from the original model in training", 0, 1)
     n_ratios: int = switch(10, "clipping ratios that the initialization tries", 1)
-    n_rounds: int = switch(15, "rounds of alternating update per ratio (0: keep uniform levels, like rtn)", 0)
+    n_rounds: int = switch(8, "rounds of alternating update per ratio (0: keep uniform levels, like rtn)", 0)
     importance: bool = switch(True, "weight the errors of the initialization by the inputs of each layer")
     feedback_passes: int | None = switch(
         None, "passes of error feedback after the initialization", 0, shown="2 for bcq and flexbcq, 1 for gptq, else 0"
