@@ -455,7 +455,7 @@ def complete(checkpoint: Checkpoint, windows: Tensor, settings: Settings, folder
         if settings.dequantized:
             dequantize_blocks(checkpoint, folder, settings)
         quantization = {"quant_method": "flexbcq"} | settings.decisive() | versions
-        write_rest(checkpoint, folder, None if settings.dequantized else quantization)
+        write_rest(checkpoint, folder, settings, None if settings.dequantized else quantization)
     parallel.wait()
 
     written = Checkpoint(folder)

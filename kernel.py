@@ -375,3 +375,16 @@ class BCQLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, n_bits={self.n_bits}, group_size={self.group_size}"
+
+
+class BCQEmbedding(BCQLinear):
+    """An embedding whose table is held as bit-planes."""
+
+    dtype = torch.float32  # of the rows that are looked up
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: (...) int64 -> their rows, (..., in_features); no other row is dequantized."""
+        tile, row = ids.flatten() // TILE, ids.flatten() % TILE
+        planes, alpha = (to_tiles(x[:, tile, :, row]).movedim(1, 0) for x in (self.bit_planes, self.alpha))
+        rows = dequantize(planes, alpha, to_tiles(self.shift[tile, :, row]), len(tile))
+        return rows.to(self.dtype).view(*ids.shape, self.in_features)

@@ -255,7 +255,8 @@ class Llama(nn.Module):
         for i, block in enumerate(self.model.layers):
             x = block(x, cos, sin, caches[i] if caches else None)
 
-        return self.lm_head(self.model.norm(x).to(self.lm_head.weight.dtype))
+        # bit-planes have no weight and take any dtype
+        return self.lm_head(self.model.norm(x).to(getattr(self.lm_head, "weight", x).dtype))
 
     @torch.inference_mode()
     def generate(

@@ -8,7 +8,8 @@ at a time, so a 70B model can be walked through block by block:
     block = checkpoint.block(0)                  # one decoder layer, float32, on the CPU
     model = checkpoint.model()                   # all of it
 
-In a packed folder (`calibrate.py` writes those) a linear layer is stored as bit-planes and loads as a `BCQLinear`.
+In a packed folder (`calibrate.py` writes those) a linear layer is stored as bit-planes and loads as a `BCQLinear`; so
+may be embedding and lm_head.
 """
 
 import contextlib
@@ -22,13 +23,12 @@ from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kernel import BCQLinear
-from llama import MODEL_TYPES, Block, Llama, LlamaConfig, RMSNorm, linears
+from kernel import BCQEmbedding, BCQLinear
+from llama import MODEL_TYPES, Block, Llama, LlamaConfig, RMSNorm
 
 # ------------------------------------------------------------------------------------------------------- config.json
 
@@ -79,6 +79,13 @@ def check_quantization(quantization: dict) -> None:
     setting(quantization, "bits", int)
     if quantization.get("group_size") != -1:
         setting(quantization, "group_size", int)
+    if quantization.get("head_bits") is not None:
+        setting(quantization, "head_bits", int)
+
+
+def head_group(hidden_size: int) -> int:
+    """Weights of embedding and lm_head that share alpha and shift: 64, or the row where that does not divide it."""
+    return hidden_size if hidden_size % 64 else 64
 
 
 def refuse_other_functions(raw: dict, rope: dict) -> None:
@@ -211,7 +218,9 @@ class Checkpoint:
             raise ValueError(f"{self.folder / 'config.json'}: {error}") from None
 
         self._stored = self._read_headers()
-        self.tied = self.config.tie_word_embeddings and "lm_head.weight" not in self._stored
+        has_head = any(name.startswith("lm_head.") for name in self._stored)
+        self.tied = self.config.tie_word_embeddings and not has_head
+        self.head_names = ("model.embed_tokens",) if self.tied else ("model.embed_tokens", "lm_head")
         self._check()
 
     def _json(self, name: str) -> dict:
@@ -294,7 +303,7 @@ class Checkpoint:
         with torch.device("meta"):
             expected = self._put_planes(Llama(self.config), "").state_dict()
         if self.tied:
-            del expected["lm_head.weight"]
+            expected = {name: t for name, t in expected.items() if not name.startswith("lm_head.")}
         for name, t in expected.items():
             *_, dtype, shape = self._entry(name)
             if shape != t.shape:
@@ -341,28 +350,39 @@ class Checkpoint:
         return tuple(token for token in (eos if isinstance(eos, list) else [eos]) if isinstance(token, int))
 
     def embed(self, ids: Tensor) -> Tensor:
-        """ids: (...) int64 -> embeddings (..., hidden_size) float32, without a float32 copy of the whole table."""
-        return F.embedding(self.check_ids(ids), self.tensor("model.embed_tokens.weight")).float()
+        """ids: (samples, length) int64 -> embeddings (samples, length, hidden_size) float32, without a float32 copy of
+        the whole table."""
+        table, x = self.embedding(None), torch.empty(*ids.shape, self.config.hidden_size)
+        for part, place in zip(self.check_ids(ids), x):
+            place.copy_(table(part))
+        return x
 
     # ---- modules
 
     def _put_planes(self, module: nn.Module, prefix: str) -> nn.Module:
-        """Put an empty `BCQLinear` wherever the files hold bit-planes."""
-        for name, linear in linears(module).items():
-            if f"{prefix}{name}.bit_planes" not in self._stored:
+        """Put an empty `BCQLinear` or `BCQEmbedding` wherever the files hold bit-planes."""
+        for name, layer in list(module.named_modules()):
+            full_name = (prefix + name).removesuffix(".")  # the module may be the layer itself
+            if not isinstance(layer, nn.Linear | nn.Embedding) or f"{full_name}.bit_planes" not in self._stored:
                 continue
+            out_features, in_features = layer.weight.shape
             bits, group_size = self.config.quantization["bits"], self.config.quantization["group_size"]
+            if full_name in self.head_names:
+                bits, group_size = self.config.quantization.get("head_bits"), head_group(in_features)
+            kind = BCQEmbedding if isinstance(layer, nn.Embedding) else BCQLinear
             try:
-                has_bias = linear.bias is not None
-                packed = BCQLinear(linear.in_features, linear.out_features, bits, group_size, has_bias)
+                has_bias = getattr(layer, "bias", None) is not None
+                packed = kind(in_features, out_features, bits, group_size, has_bias)
             except ValueError as error:
-                raise ValueError(f"{self.folder / 'config.json'}: {prefix}{name}: {error}") from None
+                raise ValueError(f"{self.folder / 'config.json'}: {full_name}: {error}") from None
+            if layer is module:
+                return packed
             module.set_submodule(name, packed)
         return module
 
-    def _fill(self, module: nn.Module, prefix: str, dtype: torch.dtype, device) -> nn.Module:
-        """Load a module that was built on the meta device."""
-        self._put_planes(module, prefix)
+    def _fill(self, module: nn.Module, prefix: str, dtype: torch.dtype | None, device) -> nn.Module:
+        """Load a module that was built on the meta device. dtype: None: as stored"""
+        module = self._put_planes(module, prefix)
         state = {name: self.tensor(prefix + name).to(device) for name in module.state_dict()}  # as stored: fewer bytes
 
         # a BCQLinear keeps its int32 planes and fp16 scales, whatever dtype it multiplies with
@@ -376,7 +396,7 @@ class Checkpoint:
             block = Block(self.config, i)
         return self._fill(block, f"model.layers.{i}.", dtype, device)
 
-    def embedding(self, dtype=torch.float32, device="cpu") -> nn.Embedding:
+    def embedding(self, dtype=torch.float32, device="cpu") -> nn.Embedding | BCQEmbedding:
         """Token embeddings: (vocab_size, hidden_size)."""
         with torch.device("meta"):
             embedding = nn.Embedding(self.config.vocab_size, self.config.hidden_size)
@@ -388,8 +408,7 @@ class Checkpoint:
             norm = RMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
             lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
         self._fill(norm, "model.norm.", dtype, device)
-        self._fill(lm_head, "model.embed_tokens." if self.tied else "lm_head.", dtype, device)
-        return nn.Sequential(norm, lm_head)
+        return nn.Sequential(norm, self._fill(lm_head, f"{self.head_names[-1]}.", dtype, device))
 
     def model(self, dtype=torch.float32, device="cpu", head_dtype: torch.dtype | None = None) -> Llama:
         """The whole model; embedding and lm_head may have a dtype of their own."""
@@ -399,7 +418,9 @@ class Checkpoint:
         model.model.layers = nn.ModuleList(self.block(i, dtype, device) for i in range(self.config.num_hidden_layers))
         model.model.norm, lm_head = self.head(dtype, device)
         model.lm_head = lm_head.to(head_dtype or dtype)
-        if self.tied:
+        if self.tied and isinstance(model.lm_head, BCQLinear):
+            model.lm_head._buffers = model.model.embed_tokens._buffers  # one set of bit-planes, wherever it is moved
+        elif self.tied:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flexbcq import check_fp16
-from kernel import BCQLinear, forced_path
+from kernel import BCQLinear, bits_per_weight, forced_path
 from llama import Block, linears
 from support import parallel
-from support.checkpoint import Checkpoint, side_files
+from support.checkpoint import Checkpoint, head_group, side_files
 from support.command import check_device, named
 from support.data import resolve_seq_len
 from support.hub import model_folder
@@ -93,13 +93,16 @@ def check_weights(checkpoint: Checkpoint, settings: Settings) -> None:
     """Read every weight that will be quantized. Raises ValueError naming the first that cannot be stored."""
     with torch.device("meta"):
         names = list(linears(Block(checkpoint.config)))
-    for i in tqdm(range(checkpoint.config.num_hidden_layers), desc="reading weights", unit="block", leave=False):
-        for name in names:
-            with named(f"model.layers.{i}.{name}"):
-                weight = checkpoint.tensor(f"model.layers.{i}.{name}.weight")
-                check_fp16(weight, settings.bits)
-                if is_coarse(weight, settings.bits):
-                    print(f"model.layers.{i}.{name}: weights this small lose accuracy, as levels are stored in fp16")
+    blocks = range(checkpoint.config.num_hidden_layers)
+    bits = {f"model.layers.{i}.{name}": settings.bits for i in blocks for name in names}
+    bits |= dict.fromkeys(checkpoint.head_names if settings.head_bits else (), settings.head_bits)
+
+    for name, n_bits in tqdm(bits.items(), desc="reading weights", unit="layer", leave=False):
+        with named(name):
+            weight = checkpoint.tensor(f"{name}.weight")
+            check_fp16(weight, n_bits)
+            if is_coarse(weight, n_bits):
+                print(f"{name}: weights this small lose accuracy, as levels are stored in fp16")
 
 
 def is_coarse(weight: Tensor, n_bits: int) -> bool:
@@ -120,6 +123,9 @@ def check_space(checkpoint: Checkpoint, settings: Settings, weights: int, bits: 
     stored = checkpoint.file_size()
     if not settings.dequantized:
         stored += config.num_hidden_layers * weights * bits / 8 - checkpoint.n_bytes(is_quantized)
+        if settings.head_bits:
+            head = bits_per_weight(settings.head_bits, head_group(config.hidden_size)) / 8
+            stored += n_head_weights(checkpoint) * head - checkpoint.n_bytes(is_head)
     already_there = sum(file.stat().st_size for file in partial_folder(settings.out).glob("*"))
     needs = {f"--out {settings.out}": (stored - already_there, shutil.disk_usage(settings.out.parent).free)}
 
@@ -194,21 +200,38 @@ def is_quantized(name: str) -> bool:
     return "_proj." in name and not name.endswith(".bias")
 
 
+def is_head(name: str) -> bool:
+    """Whether a tensor of this name belongs to embedding or lm_head."""
+    return name.startswith(("model.embed_tokens.", "lm_head."))
+
+
+def n_head_weights(checkpoint: Checkpoint) -> int:
+    """Of embedding and lm_head; a tensor that serves both counts once."""
+    return len(checkpoint.head_names) * checkpoint.config.vocab_size * checkpoint.config.hidden_size
+
+
 def stored_bits(checkpoint: Checkpoint, weights: int) -> float:
-    """Bits per quantized weight as stored on disk, alpha and shift included. weights: how many in a block."""
+    """Bits per quantized weight of the blocks as stored on disk, alpha and shift included. weights: in a block"""
     return 8 * checkpoint.n_bytes(is_quantized) / (checkpoint.config.num_hidden_layers * weights)
 
 
 def print_table(
     perplexities: dict[str, float], bits: int, weights: int, source: Checkpoint, written: Checkpoint
 ) -> None:
-    """A line per model: perplexity, stored bits per quantized weight, size of the weight files. weights: in a block"""
+    """A line per model: perplexity, stored bits per quantized weight, size of the weight files. weights: in a block
+
+    Of embedding and lm_head, if they are quantized, a line below; the baselines have them as they were."""
     print(f"\n{'':20}{'perplexity':>12}{'bits per weight':>18}{'files':>12}")
     for name, value in perplexities.items():
         checkpoint = source if name == "original" else written
         label = name if name == "original" else f"{name}, {bits} bits"
         size = f"{checkpoint.file_size() / 1e6:9.1f} MB"
         print(f"{label:20}{value:12.3f}{stored_bits(checkpoint, weights):18.3f}{size}")
+
+    if written.config.quantization and written.config.quantization["head_bits"]:
+        size = written.n_bytes(is_head)
+        print(f"embedding and lm_head: {8 * size / n_head_weights(written):.3f} bits per weight, ", end="")
+        print(f"{size / 1e6:.1f} MB of the files")
 
 
 def plot(records: list[dict], title: str, path: Path) -> None:

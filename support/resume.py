@@ -23,11 +23,13 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from flexbcq import initialize, nearest, packed_layer
 from kernel import BCQLinear
 from llama import Block, linears
 from support import parallel
 from support.checkpoint import (
     Checkpoint,
+    head_group,
     open_tensors,
     sync_folder,
     write_config,
@@ -38,6 +40,7 @@ from support.checkpoint import (
 from support.settings import Settings
 
 REPORT, LOCK = "calibration.json", "lock"
+HEAD_ROWS = 4096  # of embedding and lm_head, quantized at a time
 
 
 def partial_folder(out: Path) -> Path:
@@ -206,9 +209,31 @@ def dequantize_blocks(checkpoint: Checkpoint, folder: Path, settings: Settings) 
             write_block(checkpoint, i, packed, folder, dequantized=True)
 
 
-def write_rest(checkpoint: Checkpoint, folder: Path, quantization: dict | None) -> None:
-    """Embedding, norm and head as they were, the index of all shards, config.json and the tokenizer."""
+def quantized_head(weight: Tensor, settings: Settings) -> dict[str, Tensor]:
+    """Embedding or lm_head as its tensors are stored: bit-planes with the levels of rtn, or the weight they stand for.
+
+    weight: (vocab_size, hidden_size)"""
+    found = []
+    for rows in weight.to(settings.device).split(HEAD_ROWS):
+        w = rows.float().view(-1, head_group(rows.shape[1]))  # (n_groups, group_size)
+        scale, zero_point, alpha, shift = initialize(w, settings.head_bits, n_ratios=1, n_rounds=0)
+        codes = nearest(w / scale + zero_point, alpha, shift).view(rows.shape)
+        layer = packed_layer(codes, scale * alpha, scale * (shift - zero_point), bias=None)
+        stored = {"weight": layer.dequantize(weight.dtype)} if settings.dequantized else layer.named_buffers()
+        found.append(dict(stored))
+
+    # rows lie along the first dimension, behind that of the planes
+    dimension = {"bit_planes": 1, "alpha": 1}
+    return {key: torch.cat([part[key] for part in found], dimension.get(key, 0)).cpu() for key in found[0]}
+
+
+def write_rest(checkpoint: Checkpoint, folder: Path, settings: Settings, quantization: dict | None) -> None:
+    """Embedding and head, quantized if that is wanted, the norm as it was, the index of all shards, config.json and the
+    tokenizer."""
     rest = checkpoint.tensors(lambda name: not name.startswith("model.layers."))
+    for name in checkpoint.head_names if settings.head_bits else ():
+        stored = quantized_head(rest.pop(f"{name}.weight"), settings)
+        rest |= {f"{name}.{key}": t for key, t in stored.items()}
     write_tensors(shard(checkpoint, checkpoint.config.num_hidden_layers, folder), rest)
     write_index(folder)
     config = checkpoint.raw_config | ({"quantization_config": quantization} if quantization else {})

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from kernel import BCQLinear, bits_per_weight, columns_per_group, from_tiles, pack, to_tiles, unpack
+from kernel import BCQEmbedding, BCQLinear, bits_per_weight, columns_per_group, from_tiles, pack, to_tiles, unpack
 
 SHAPES = [(1, 32), (31, 64), (32, 96), (33, 192), (70, 576)]
 
@@ -58,6 +58,15 @@ def test_bcq_linear_multiplies_with_the_sum_over_planes(n_bits, shape, group_siz
     layer, x = BCQLinear.from_codes(codes, alpha, shift), torch.randn(2, 5, width)
     torch.testing.assert_close(layer.dequantize().double(), weight, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(layer(x).double(), x.double() @ weight.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_bits, shape, ids_shape", [(3, (257, 128), (2, 5)), (8, (70, 64), (33,)), (1, (32, 32), ())])
+def test_rows_looked_up_are_those_of_the_weight(n_bits, shape, ids_shape):
+    layer = BCQEmbedding.from_codes(*random_parts(*shape, n_bits, 32))
+    ids = torch.randint(shape[0], ids_shape)
+    assert torch.equal(layer(ids), layer.dequantize()[ids])
+    last = torch.tensor([shape[0] - 1, 0])
+    assert torch.equal(layer(last), layer.dequantize()[last])
 
 
 def test_state_dict_round_trip_into_an_empty_layer():

@@ -127,6 +127,9 @@ OPTIONS = {  # of calibrate.py
     "model is nothing": (["--model", ""], "no config.json in this folder"),
     "9 bits": (["--bits", "9"], "--bits 9: choose 1 to 8"),
     "0 bits": (["--bits", "0"], "--bits 0: choose 1 to 8"),
+    "9 bits for the head": (["--head-bits", "9"], "--head-bits 9: choose 1 to 8"),
+    "0 bits for the head": (["--head-bits", "0"], "--head-bits 0: choose 1 to 8"),
+    "words for the head": (["--head-bits", "all"], "argument --head-bits: invalid int value: 'all'"),
     "group size": (
         ["--group-size", "48"],
         "model.layers.0.self_attn.q_proj: in_features 64 cannot be cut into groups of 48 (try 32, 64",

@@ -48,9 +48,9 @@ def interrupted_after(out, n_blocks):
 
 @pytest.fixture(scope="module")
 def whole(toy, text, tmp_path_factory):
-    """What a run gives that nobody interrupts: packed, and as ordinary weights."""
+    """What a run gives that nobody interrupts: packed, as ordinary weights, and with embedding and lm_head packed."""
     folders = {}
-    for kind in ((), ("--dequantized",)):
+    for kind in ((), ("--dequantized",), ("--head-bits", "6")):
         folders[kind] = tmp_path_factory.mktemp("whole") / "out"
         result = call(main, *command(toy, text, folders[kind], *kind))
         assert result.code == 0, result.err
@@ -79,7 +79,9 @@ def test_interrupted_run_keeps_its_blocks_and_says_how_to_go_on(half):
     assert [path.name for path in folder.iterdir()] == ["out.partial"]
 
 
-@pytest.mark.parametrize("kind", [(), ("--dequantized",)], ids=["packed", "dequantized"])
+@pytest.mark.parametrize(
+    "kind", [(), ("--dequantized",), ("--head-bits", "6")], ids=lambda kind: "".join(kind) or "packed"
+)
 def test_resumed_run_ends_in_the_bytes_of_an_uninterrupted_one(kind, whole, toy, text, tmp_path):
     with interrupted_after(tmp_path / "out", 1):
         assert call(main, *command(toy, text, tmp_path / "out", *kind)).code == 130
@@ -107,6 +109,7 @@ def test_run_killed_while_it_finishes_goes_on_from_any_of_its_states(whole, toy,
         (["--seed", "1"], "was started with seed 0, not 1"),
         (["--epochs", "11"], "was started with epochs 4, not 11"),
         (["--dequantized"], "was started with dequantized False, not True"),
+        (["--head-bits", "6"], "was started with head_bits None, not 6"),
         (["--text", __file__], "was started with calibration text "),
         (["--eval-text", __file__], "was started with calibration text "),
     ],
