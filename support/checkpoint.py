@@ -83,11 +83,6 @@ def check_quantization(quantization: dict) -> None:
         setting(quantization, "head_bits", int)
 
 
-def head_group(hidden_size: int) -> int:
-    """Weights of embedding and lm_head that share alpha and shift: 64, or the row where that does not divide it."""
-    return hidden_size if hidden_size % 64 else 64
-
-
 def refuse_other_functions(raw: dict, rope: dict) -> None:
     """Raises ValueError for a setting that makes it another function than the one in llama.py."""
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
@@ -368,7 +363,7 @@ class Checkpoint:
             out_features, in_features = layer.weight.shape
             bits, group_size = self.config.quantization["bits"], self.config.quantization["group_size"]
             if full_name in self.head_names:
-                bits, group_size = self.config.quantization.get("head_bits"), head_group(in_features)
+                bits, group_size = self.config.quantization.get("head_bits"), -1
             kind = BCQEmbedding if isinstance(layer, nn.Embedding) else BCQLinear
             try:
                 has_bias = getattr(layer, "bias", None) is not None

@@ -16,7 +16,7 @@ from flexbcq import check_fp16
 from kernel import BCQLinear, bits_per_weight, forced_path
 from llama import Block, linears
 from support import parallel
-from support.checkpoint import Checkpoint, head_group, side_files
+from support.checkpoint import Checkpoint, side_files
 from support.command import check_device, named
 from support.data import resolve_seq_len
 from support.hub import model_folder
@@ -124,7 +124,7 @@ def check_space(checkpoint: Checkpoint, settings: Settings, weights: int, bits: 
     if not settings.dequantized:
         stored += config.num_hidden_layers * weights * bits / 8 - checkpoint.n_bytes(is_quantized)
         if settings.head_bits:
-            head = bits_per_weight(settings.head_bits, head_group(config.hidden_size)) / 8
+            head = bits_per_weight(settings.head_bits, config.hidden_size) / 8
             stored += n_head_weights(checkpoint) * head - checkpoint.n_bytes(is_head)
     already_there = sum(file.stat().st_size for file in partial_folder(settings.out).glob("*"))
     needs = {f"--out {settings.out}": (stored - already_there, shutil.disk_usage(settings.out.parent).free)}

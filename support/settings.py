@@ -62,7 +62,11 @@ class Settings:
     bits: int = quantization(3, "bits per weight, the number of bit-planes", 1, 8)
     group_size: int = quantization(-1, "weights that share alpha and shift, a multiple of 32; -1: a whole row")
     head_bits: int | None = quantization(
-        None, "bits per weight of embedding and lm_head, in groups of 64; 6 or 8 cost little", 1, 8, shown="as they are"
+        None,
+        "bits per weight of embedding and lm_head, a row sharing alpha and shift; 8 cost little",
+        1,
+        8,
+        shown="as they are",
     )
     dequantized: bool = quantization(False, "write ordinary weights instead of bit-planes, for other software")
 

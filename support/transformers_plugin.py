@@ -16,7 +16,6 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kernel import BCQEmbedding, BCQLinear
-from support.checkpoint import head_group
 
 
 @register_quantization_config("flexbcq")
@@ -52,7 +51,7 @@ class FlexBCQQuantizer(HfQuantizer):
     def pack_head(self, model: nn.Module) -> None:
         """An empty `BCQEmbedding` and `BCQLinear` in the place of embedding and lm_head."""
         table = model.get_input_embeddings().weight  # (vocab_size, hidden_size)
-        shape = table.shape[1], table.shape[0], self.quantization_config.head_bits, head_group(table.shape[1])
+        shape = table.shape[1], table.shape[0], self.quantization_config.head_bits
         with torch.device(table.device):
             embedding, head = BCQEmbedding(*shape), BCQLinear(*shape)
         embedding.dtype = table.dtype

@@ -1,4 +1,4 @@
-"""--head-bits: embedding and lm_head as bit-planes, tied and not, in groups and by rows."""
+"""--head-bits: embedding and lm_head as bit-planes, tied and not."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ QUICK = ["--method", "rtn", "--bits", 4, "--group-size", 32, "--samples", 4, "--
 PARTS = ("bit_planes", "alpha", "shift")
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied, groups of 64", "untied, whole rows"])
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def model(request, tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model") / "model"
@@ -66,8 +66,8 @@ def test_head_is_planes_alone_and_near_the_original_row_by_row(model, packed):
     for name, layer in zip(source.head_names, (written.embedding(), written.head()[1])):
         weight = source.tensor(f"{name}.weight").float()
         error = (layer.dequantize() - weight).norm(dim=1) / weight.norm(dim=1)
-        assert error.shape == (VOCABULARY,) and 0 < error.max() < 2**-4
-        assert layer.alpha.shape[2] == (2 if source.tied else 1)  # groups
+        assert error.shape == (VOCABULARY,) and 0 < error.max() < 0.06
+        assert layer.alpha.shape[2] == 1  # a row is one group
 
 
 def test_perplexity_is_that_of_the_dequantized_head(packed, text, tmp_path):
