@@ -240,7 +240,7 @@ def continuations(models: dict[str, Llama], tokenizer: Tokenizer, prompt: str, n
 
 def show_texts(texts: dict[str, str]) -> None:
     """Texts by name, one under the other."""
-    page, look = "", "text-align: left; border-left: 3px solid #0072B2; padding-left: 8px"
+    page, look = "", "text-align: left; border-left: 3px solid #0072B2; padding-left: 8px; font-family: monospace"
     for name, text in texts.items():
         page += f"<p style='text-align: left; margin: 8px 0 0'><b>{html.escape(name)}</b></p>"
         page += f"<pre style='{look}'>{html.escape(text)}</pre>"

@@ -147,6 +147,11 @@ def test_no_formula_escapes_an_underscore():
     assert r"\_" not in PROSE  # MathJax 2, in nbconvert and nbviewer, would show the backslash
 
 
+def test_no_formula_hides_in_a_fold():
+    folded = re.findall(r"<details>.*?</details>", PROSE, re.S)
+    assert folded and not any("$" in text for text in folded)  # typeset while it is hidden, it has a wrong width
+
+
 def test_the_stored_page_is_whole_small_and_from_one_run():
     text = PATH.read_text("utf-8")
     code = [cell for cell in CELLS if cell.cell_type == "code"]
@@ -228,14 +233,14 @@ def test_the_staircase_is_filtered_nowhere_everywhere_or_where_levels_are_far():
     assert share[0] > 99 and share[2] < 1 and 20 < share[1] < 80
 
 
-def test_a_continued_prompt_begins_with_the_prompt_and_is_shown_left_aligned():
+def test_a_continued_prompt_begins_with_the_prompt_and_is_shown_as_code():
     model, tokenizer = Checkpoint(TINY).model(), load_tokenizer(TINY)
     texts = tools.continuations({"original": model}, tokenizer, "def <b>", 4)
     with mock.patch.object(tools, "display") as display:
         tools.show_texts(texts)
     assert texts["original"].startswith("def <b>") and len(texts["original"]) > len("def <b>")
     page = display.call_args.args[0].data
-    assert "text-align: left" in page and "def &lt;b&gt;" in page
+    assert "text-align: left" in page and "monospace" in page and "def &lt;b&gt;" in page
 
 
 def test_on_a_page_that_is_only_read_a_slider_draws_once_where_it_starts():
