@@ -6,12 +6,13 @@
 //     x, y        (batch, in), (batch, out)                 fp32, fp16 or bf16; sums are kept in fp32
 //
 // kernel.py tells the layout in full. Two kernels compute the same: `readable_kernel` is the definition and takes every
-// shape, `fast_kernel` hands the planes to the tensor cores. In both, a block owns a tile of 32 rows, its warps share
-// the columns among them, and at the end the sums of the warps are added in a fixed order. So there are no atomics, two
-// runs agree bit for bit, and a token goes through the same operations whatever the batch it is in. For many tokens,
+// shape, `fast_kernel` hands the planes to the tensor cores. In both, a block works on a tile of 32 rows and its warps
+// share the columns among them; where that would leave a part of the card idle, several blocks of `fast_kernel` share a
+// tile. At the end the sums of the warps, and then those of the blocks, are added in a fixed order: two runs on a card
+// agree bit for bit, and a token goes through the same operations whatever the batch it is in. For many tokens,
 // `dequantize_kernel` writes the weight down once, and a matrix product of cuBLAS does the rest.
 //
-// No PyTorch here, and nothing is allocated. tests/cuda_on_cpu.h lets g++ compile this file, to run it without a GPU.
+// No PyTorch here, and nothing is allocated. tests/robustness/cuda_on_cpu.h lets g++ compile this file for a CPU.
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -19,10 +20,12 @@
 #endif
 
 constexpr int TILE = 32;      // rows side by side, columns in a word, threads in a warp
-constexpr int WARPS = 12;     // in a block, at most
+constexpr int WARPS = 12;     // in a block of the readable kernel
 constexpr int MAX_BATCH = 8;  // tokens at a time, and the n of the mma
 constexpr int MAX_BITS = 8;
 constexpr int CHUNK = 128;    // columns that a warp of the fast kernel takes at a time
+constexpr int FAST_WARPS = 4;
+constexpr int blocks_per_sm(int n_bits) { return n_bits < 4 ? 6 : 4; }  // of the fast kernel, as its registers allow
 enum Type { FP32, FP16, BF16 };
 enum Path { AUTO, READABLE, FAST };
 
@@ -38,14 +41,39 @@ __device__ void store(void* y, int type, int i, float value) {
     if (type == BF16) ((__nv_bfloat16*)y)[i] = __float2bfloat16(value);
 }
 
-// The end of both kernels: y is what the warps of the block have summed, added up in the order of the warps.
-__device__ void add_warps(const float partial[][MAX_BATCH][TILE], void* y, int type, int batch, int out_features) {
+using Sums = float[MAX_BATCH][TILE];  // [token, row of a tile], over some of the columns
+
+__device__ float add(const Sums* sums, int n, int token, int row) {
+    float sum = 0;
+    for (int i = 0; i < n; i++) sum += sums[i][token][row];
+    return sum;
+}
+
+// The end of both kernels: y is what the warps of the block have summed, added up in the order of the warps. Where
+// several blocks share a tile (gridDim.y), each leaves that in memory, and the last to come adds up all, in order.
+__device__ void add_up(const Sums* of_warps, Sums* of_blocks, int* n_done, void* y, int type, int batch,
+                       int out_features) {
+    const Sums* sums = of_warps;
+    int n = blockDim.x / TILE;
     __syncthreads();
+    if (gridDim.y > 1) {
+        of_blocks += blockIdx.x * gridDim.y;
+        for (int i = threadIdx.x; i < batch * TILE; i += blockDim.x)
+            of_blocks[blockIdx.y][i / TILE][i % TILE] = add(sums, n, i / TILE, i % TILE);
+        __shared__ bool is_last;
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            __threadfence();  // all other blocks see these sums before they see this one counted
+            is_last = atomicAdd(&n_done[blockIdx.x], 1) == int(gridDim.y) - 1;
+            __threadfence();  // and this one sees theirs
+        }
+        __syncthreads();
+        if (!is_last) return;
+        sums = of_blocks, n = gridDim.y;
+    }
     for (int i = threadIdx.x; i < batch * TILE; i += blockDim.x) {
-        int token = i / TILE, row = i % TILE;
-        float sum = 0;
-        for (unsigned warp = 0; warp < blockDim.x / TILE; warp++) sum += partial[warp][token][row];
-        row += blockIdx.x * TILE;
+        int token = i / TILE, row = blockIdx.x * TILE + i % TILE;
+        float sum = add(sums, n, token, i % TILE);
         if (row < out_features) store(y, type, token * out_features + row, sum);  // the last tile may end in padding
     }
 }
@@ -60,7 +88,8 @@ template <int n_bits, int tokens>
 __global__ void __launch_bounds__(WARPS * TILE)
 readable_kernel(const Words* bit_planes, const Scales* alpha, const Scales* shift, const void* x, void* y, int type,
                 int batch, int in_features, int out_features, int group_size) {
-    __shared__ float x_tile[WARPS][tokens][TILE], partial[WARPS][MAX_BATCH][TILE];
+    __shared__ float x_tile[WARPS][tokens][TILE];
+    __shared__ Sums partial[WARPS];
     int warp = threadIdx.x / TILE, lane = threadIdx.x % TILE;
     int words = in_features / TILE, groups = in_features / group_size;
     float sum[tokens] = {};
@@ -88,7 +117,7 @@ readable_kernel(const Words* bit_planes, const Scales* alpha, const Scales* shif
         __syncwarp();  // nobody needs these columns any more
     }
     for (int token = 0; token < tokens; token++) partial[warp][token][lane] = sum[token];
-    add_warps(partial, y, type, batch, out_features);
+    add_up(partial, nullptr, nullptr, y, type, batch, out_features);
 }
 
 // ---- The weight itself ----
@@ -139,7 +168,9 @@ struct Chunk {
     float2 scale_and_sum[MAX_BATCH];     // of a token: what undoes the scaling, and minus the sum of the scaled x
 };
 
-__global__ void prepare_x(const void* x, int type, int in_features, Chunk* chunks) {
+// Also sets the counters of blocks to 0.
+__global__ void prepare_x(const void* x, int type, int in_features, Chunk* chunks, int* n_done, int n_counters) {
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n_counters; i += gridDim.x * blockDim.x) n_done[i] = 0;
     int token = threadIdx.x / TILE, lane = threadIdx.x % TILE, t = lane / 16, q = lane % 16;
     float value[2][2], largest = 0, sum = 0;
     for (int k = 0; k < 4; k++) {  // columns q and q + 16 of words t and t + 2
@@ -189,17 +220,17 @@ __device__ float2 scales_of(const uint2& four_rows, int r) {  // of rows r and r
 // A warp takes 128 columns at a time, lane 4g + t word t of rows 4g .. 4g + 3. It passes rows 4g, 4g + 1 off as the
 // mma's g, g + 8, and later 4g + 2, 4g + 3; it passes columns q, q + 16, q + 8, q + 24 of its word off as the mma's
 // 2t, 2t + 1, 2t + 8, 2t + 9. Which is called which does not matter if x and y follow.
-template <int n_bits, int warps>
-__global__ void __launch_bounds__(warps * TILE, 2)  // two blocks an SM: registers for that, and enough loads in flight
+template <int n_bits>
+__global__ void __launch_bounds__(FAST_WARPS * TILE, blocks_per_sm(n_bits))  // so many registers, and loads in flight
 fast_kernel(const ChunkWords* bit_planes, const ChunkScales* alpha, const ChunkScales* shift, const Chunk* x, void* y,
-            int type, int batch, int in_features, int out_features, int group_size) {
-    __shared__ float partial[warps][MAX_BATCH][TILE];
+            int type, int batch, int chunks, int out_features, int groups, Sums* of_blocks, int* n_done) {
+    __shared__ Sums partial[FAST_WARPS];
     int warp = threadIdx.x / TILE, lane = threadIdx.x % TILE, g = lane / 4, t = lane % 4, last = batch - 1;
-    int chunks = in_features / CHUNK, groups = in_features / group_size;
-    float groups_per_chunk = float(CHUNK) / group_size;
+    float groups_per_chunk = float(groups) / chunks;
     float total[4][2] = {};  // rows 4g .. 4g + 3, tokens 2t and 2t + 1
-    for (int chunk = warp; chunk < chunks; chunk += warps) {
-        int group = (chunk + 0.5f) * groups_per_chunk;  // chunk * CHUNK / group_size without a slow division
+    int first_chunk = chunks * blockIdx.y / gridDim.y, end = chunks * (blockIdx.y + 1) / gridDim.y;  // of this block
+    for (int chunk = first_chunk + warp; chunk < end; chunk += FAST_WARPS) {
+        int group = (chunk + 0.5f) * groups_per_chunk;  // without a slow division
         uint4 words[n_bits], pairs[4];
         uint2 offset = shift[blockIdx.x * groups + group][g], scales[n_bits];
         for (int i = 0; i < n_bits; i++) {
@@ -232,15 +263,15 @@ fast_kernel(const ChunkWords* bit_planes, const ChunkScales* alpha, const ChunkS
     }
     for (int r = 0; r < 4; r++)
         for (int k = 0; k < 2; k++) partial[warp][2 * t + k][4 * g + r] = total[r][k];
-    add_warps(partial, y, type, batch, out_features);
+    add_up(partial, of_blocks, n_done, y, type, batch, out_features);
 }
 
 // ---- Launching ----
 // What `kernel<<<blocks, warps * 32, 0, stream>>>(...)` is short for.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int blocks, int warps, void* stream, Arguments... arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), dim3 blocks, int warps, void* stream, Arguments... arguments) {
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(blocks);
+    config.gridDim = blocks;
     config.blockDim = dim3(warps * TILE);
     config.stream = (cudaStream_t)stream;
     return cudaLaunchKernelEx(&config, kernel, arguments...);
@@ -257,7 +288,7 @@ auto readable_for(int n_bits) {
 // Was this file compiled with the mma for the current device? Code for an older card runs on a newer one.
 static bool has_mma() {
     cudaFuncAttributes found;
-    return cudaFuncGetAttributes(&found, fast_kernel<1, 12>) == cudaSuccess && found.ptxVersion >= 80;
+    return cudaFuncGetAttributes(&found, fast_kernel<1>) == cudaSuccess && found.ptxVersion >= 80;
 }
 
 static const char* text_of(cudaError_t error) {
@@ -273,8 +304,19 @@ static const char* wrong(int type, int in_features, int n_bits, int group_size) 
     return nullptr;
 }
 
-// Bytes on the device in which the fast kernel prepares x; free for other use as soon as y is there.
-extern "C" size_t bcq_matmul_workspace_bytes(int in_features) { return in_features / CHUNK * sizeof(Chunk); }
+// Blocks of the fast kernel that the current device runs at a time.
+static int places(int n_bits) {
+    int device = 0, n_sms = 1;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
+    return n_sms * blocks_per_sm(n_bits);
+}
+
+// Bytes on the device for the fast kernel, free for other use as soon as y is there: the chunks of x, then sums and
+// counters of the blocks that share tiles, of which there are no more than places.
+extern "C" size_t bcq_matmul_workspace_bytes(int in_features) {
+    return in_features / CHUNK * sizeof(Chunk) + places(1) * (sizeof(Sums) + sizeof(int));
+}
 
 // y = x @ W.T on `stream` (a cudaStream_t). Tensors as in the header, contiguous, starting at a multiple of 16 bytes.
 // AUTO takes the fast kernel where it can: sm_80 or later, x in fp16 or bf16 (fp32 has more digits than its operands),
@@ -307,14 +349,18 @@ extern "C" const char* bcq_matmul_cuda(const void* bit_planes, const void* alpha
         error = launch(kernel, tiles, WARPS, stream, (const Words*)bit_planes, (const Scales*)alpha,
                        (const Scales*)shift, x, y, type, batch, in_features, out_features, group_size);
     } else {
-        static const decltype(&fast_kernel<1, 12>) kernels[] = {fast_kernel<1, 12>, fast_kernel<2, 12>,
-                                                                fast_kernel<3, 12>, fast_kernel<4, 8>};
-        int warps = n_bits < 4 ? 12 : 8;  // for 4 planes a lane needs more registers than 12 warps leave it
-        error = launch(prepare_x, in_features / CHUNK, batch, stream, x, type, in_features, (Chunk*)workspace);
+        decltype(&fast_kernel<1>) kernels[] = {fast_kernel<1>, fast_kernel<2>, fast_kernel<3>, fast_kernel<4>};
+        int chunks = in_features / CHUNK;
+        int most = (chunks + FAST_WARPS - 1) / FAST_WARPS;          // with more, some warps would have nothing to do
+        int per_tile = max(1, min(most, places(n_bits) / tiles));  // with more, some blocks would have to wait
+        Chunk* prepared = (Chunk*)workspace;
+        Sums* of_blocks = (Sums*)(prepared + chunks);
+        int* n_done = (int*)(of_blocks + places(n_bits));
+        error = launch(prepare_x, chunks, batch, stream, x, type, in_features, prepared, n_done, places(n_bits));
         if (error == cudaSuccess)
-            error = launch(kernels[n_bits - 1], tiles, warps, stream, (const ChunkWords*)bit_planes,
-                           (const ChunkScales*)alpha, (const ChunkScales*)shift, (const Chunk*)workspace, y, type,
-                           batch, in_features, out_features, group_size);
+            error = launch(kernels[n_bits - 1], dim3(tiles, per_tile), FAST_WARPS, stream,
+                           (const ChunkWords*)bit_planes, (const ChunkScales*)alpha, (const ChunkScales*)shift,
+                           prepared, y, type, batch, chunks, out_features, in_features / group_size, of_blocks, n_done);
     }
     return text_of(error);
 }

@@ -2,7 +2,8 @@
 //
 //     g++ -std=c++17 -g -fno-strict-aliasing -x c++ -include tests/robustness/cuda_on_cpu.h kernel.cu ...
 //
-// Each thread of a block is a fiber: a stack of its own, switched to and from by hand. Blocks run one after another.
+// Each thread of a block is a fiber: a stack of its own, switched to and from by hand. Blocks run one after another, in
+// an order drawn anew every time.
 // Between two barriers the warps, and the lanes of a warp, run in an order drawn anew every time, and each as far as it
 // can get: code that lacks a barrier then reads what is not there yet. Threads that wait at different barriers abort.
 #pragma once
@@ -22,9 +23,10 @@
 #define __device__
 #define __launch_bounds__(...)
 #define __shared__ static  // one copy will do: blocks do not overlap
+using std::max;
 using std::min;
 
-struct dim3 { unsigned x; dim3(unsigned x = 1) : x(x) {} };
+struct dim3 { unsigned x, y; dim3(unsigned x = 1, unsigned y = 1) : x(x), y(y) {} };
 struct float2 { float x, y; };
 struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
@@ -53,13 +55,18 @@ static void start(Fiber& fiber) {
     makecontext(&fiber.context, run_thread, 0);
 }
 
-// Calls advance(0) .. advance(n - 1) in some order; what they return, which must be the same for all.
-template <typename Advance>
-State advance_all(int n, Advance advance) {
+static std::vector<int> shuffled(int n) {
     static std::minstd_rand random;
     std::vector<int> order(n);
     std::iota(order.begin(), order.end(), 0);
     std::shuffle(order.begin(), order.end(), random);
+    return order;
+}
+
+// Calls advance(0) .. advance(n - 1) in some order; what they return, which must be the same for all.
+template <typename Advance>
+State advance_all(int n, Advance advance) {
+    std::vector<int> order = shuffled(n);
     State state = advance(order[0]);
     for (int i = 1; i < n; i++)
         if (advance(order[i]) != state) std::fputs("a barrier that only some threads reach\n", stderr), std::abort();
@@ -89,15 +96,24 @@ struct cudaFuncAttributes { int ptxVersion; };
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, Kernel*) { return found->ptxVersion = 80, cudaSuccess; }
 static cudaError_t cudaGetLastError() { return cudaSuccess; }
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+static cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+static cudaError_t cudaDeviceGetAttribute(int* n, cudaDeviceAttr, int) { return *n = 8, cudaSuccess; }  // a small card
 static const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 
 template <typename Kernel, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel* kernel, Arguments... arguments) {
     kernel_call = [=] { kernel(arguments...); };
     gridDim = config->gridDim, blockDim = config->blockDim;
-    for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x++) run_block();
+    for (int block : shuffled(gridDim.x * gridDim.y)) {
+        blockIdx = dim3(block % gridDim.x, block / gridDim.x);
+        run_block();
+    }
     return cudaSuccess;
 }
+
+static void __threadfence() {}  // what is written is there at once
+static int atomicAdd(int* sum, int value) { return *sum += value, *sum - value; }
 
 // ---- Numbers ----
 struct __half { uint16_t bits; };
