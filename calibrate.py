@@ -77,8 +77,9 @@ class Activations:
     rope: tuple[Tensor, Tensor]  # cos and sin, on the device that computes
 
     def next_block(self) -> None:
-        """The target of one block is the original input of the next."""
-        self.original, self.target = self.target, self.original
+        """The target of one block is the original input of the next; so is its output, left in the place of
+        `original`, the quantized input."""
+        self.original, self.quantized, self.target = self.target, self.original, self.quantized
 
 
 def first_activations(checkpoint: Checkpoint, ids: Tensor, settings: Settings) -> Activations:
@@ -211,14 +212,20 @@ def quantize_layers(
     return quantizers
 
 
-def pack_layers(block: Block, quantizers: dict[str, FlexBCQLinear]) -> dict[str, BCQLinear]:
-    """Swap every quantizer for its bit-planes: from here on the numbers are those of the file."""
+def pack_layers(quantizers: dict[str, FlexBCQLinear]) -> dict[str, BCQLinear]:
+    """The bit-planes of every quantizer, with the numbers of the file; on several processes, those of the first."""
     packed = {}
     for name, quantizer in quantizers.items():
         with named(name):
             packed[name] = quantizer.pack()
-        block.set_submodule(name, packed[name])
+        parallel.agree(packed[name].state_dict().values())
     return packed
+
+
+def put_in(block: Block, layers: dict[str, nn.Module]) -> None:
+    """Let these layers take the places of those with their names."""
+    for name, layer in layers.items():
+        block.set_submodule(name, layer)
 
 
 def train_block(
@@ -318,6 +325,7 @@ def quantize_block(
 
     x: the activations of block i, which become those of block i + 1
     advance: called after each layer initialized and each step, and with the loss before training
+    A block that training has made worse is packed as it was before; its record then has `training_kept` False.
     Raises ValueError if the loss is not finite or a layer cannot be packed."""
     start = time.perf_counter()
     block = checkpoint.block(i, device=settings.device)
@@ -338,19 +346,27 @@ def quantize_block(
 
     # training
     if settings.is_trained:
+        untrained = pack_layers(quantizers)
         ranks_before = [q.ranks() for q in quantizers.values()]
         training = time.perf_counter()
         train_block(block, list(quantizers.values()), x, settings, settings.seed * 100_003 + i, advance)
         record["training"] = time.perf_counter() - training
         record["moves"] = moves(ranks_before, [q.ranks() for q in quantizers.values()], settings.bits)
 
-    # bit-planes; on several processes, those of the first
-    packed = pack_layers(block, quantizers)
-    for layer in packed.values():
-        parallel.agree(layer.state_dict().values())
+    # from here on the numbers are those of the file; nobody needs the original inputs any more
+    packed = pack_layers(quantizers)
+    put_in(block, packed)
+    record["loss_after"] = output_error(block, x.quantized, x.rope, x.target, out=x.original)
+
+    # training cannot end worse than it began
+    if settings.is_trained:
+        record["training_kept"] = record["loss_after"] < record["loss_before"]
+        if not record["training_kept"]:
+            packed = untrained
+            put_in(block, packed)
+            record["loss_after"] = output_error(block, x.quantized, x.rope, x.target, out=x.original)
 
     # on to the next block
-    record["loss_after"] = output_error(block, x.quantized, x.rope, x.target, out=x.quantized)
     x.next_block()
     record["seconds"] = time.perf_counter() - start
     return packed, record
@@ -387,6 +403,7 @@ def calibrate(checkpoint: Checkpoint, ids: Tensor, settings: Settings, folder: P
 
             minutes_left = sum(r["seconds"] for r in records) / len(records) * (n_blocks - i - 1) / 60
             losses = f"loss {record['loss_before']:.3e} -> {record['loss_after']:.3e}"
+            losses += " (as before training, which made it worse)" * (not record.get("training_kept", True))
             bar.set_postfix_str(f"{losses}, {minutes_left:.1f} min left")
 
 
@@ -440,7 +457,7 @@ def measure_baselines(checkpoint: Checkpoint, windows: Tensor, settings: Setting
 
     def round_to_nearest(block: Block, i: int) -> None:
         rtn = replace(settings, method="rtn", feedback_passes=0, finish_steps=0)
-        pack_layers(block, quantize_layers(checkpoint, block, i, rtn))
+        put_in(block, pack_layers(quantize_layers(checkpoint, block, i, rtn)))
 
     if "rtn" not in perplexities and settings.method != "rtn":
         perplexities["rtn"] = perplexity(checkpoint, windows, settings.device, round_to_nearest, "rtn")

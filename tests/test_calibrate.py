@@ -211,6 +211,22 @@ def test_the_preset_of_the_paper_removes_each_departure_and_leaves_the_rest(toy,
     assert json.loads((tmp_path / "other" / "calibration.json").read_text())["settings"]["n_ratios"] == 3
 
 
+@pytest.mark.parametrize("rate, is_kept", [(1, False), (1e-3, True)])
+def test_training_that_made_a_block_worse_is_undone_and_said(rate, is_kept, toy, text, tmp_path):
+    """Without training, bcq gives the bytes to compare with: the second block sees what the first one leaves."""
+    options = ["--model", toy, "--text", text, "--bits", 3, "--no-baselines", "--finish-steps", 0, *FEW_STEPS]
+    rates = ["--mapping-rate", rate, "--level-rate", rate / 10]
+    trained = call(main, *options, *rates, "--out", tmp_path / "trained")
+    assert trained.code == 0, trained.err
+    assert call(main, *options, "--method", "bcq", "--out", tmp_path / "bcq").code == 0
+    blocks = json.loads((tmp_path / "trained" / "calibration.json").read_text())["blocks"]
+    assert [block["training_kept"] for block in blocks] == [is_kept] * 2
+    assert ("(as before training, which made it worse)" in trained.err) == (not is_kept)
+    for shard in sorted(path.name for path in (tmp_path / "bcq").glob("*.safetensors")):
+        same = (tmp_path / "trained" / shard).read_bytes() == (tmp_path / "bcq" / shard).read_bytes()
+        assert same == (not is_kept or shard.startswith("model-00003"))
+
+
 def test_evaluation_has_a_window_and_a_length_of_its_own(toy, text, tmp_path):
     """The report of a run without baselines, against perplexity measured on the windows that were asked for."""
     options = ["--eval-text", text, "--eval-seq-len", 32, "--eval-windows", 3, "--no-baselines", *FEW_STEPS]
