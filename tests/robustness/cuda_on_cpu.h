@@ -3,7 +3,7 @@
 //     g++ -std=c++17 -g -fno-strict-aliasing -x c++ -include tests/robustness/cuda_on_cpu.h kernel.cu ...
 //
 // Each thread of a block is a fiber: a stack of its own, switched to and from by hand. Blocks run one after another, in
-// an order drawn anew every time.
+// an order drawn anew every time; so what they must leave for each other in time is not checked.
 // Between two barriers the warps, and the lanes of a warp, run in an order drawn anew every time, and each as far as it
 // can get: code that lacks a barrier then reads what is not there yet. Threads that wait at different barriers abort.
 #pragma once

@@ -89,10 +89,16 @@ def test_a_token_has_the_same_bits_in_any_prompt(group_size, dtype, n_tokens, ru
 
 @pytest.mark.parametrize("n_bits", (1, 2, 3, 4))
 def test_blocks_that_share_a_tile_add_up_in_one_order(n_bits, run):
-    """Eight of them, which come to their end in any order: on the CPU a new one every time."""
-    layer, x = random_layer(40, 4096, n_bits, 512), torch.randn(2, 4096, dtype=torch.bfloat16)
+    """Eight of them, which end in any order (on the CPU a new one every time). What the second four find is what the
+    first four found, with the other sign: so y is nothing but rounding, and another order gives another y."""
+    layer, x = random_layer(40, 4096, n_bits, 512), torch.randn(2, 2048, dtype=torch.bfloat16)
+    for part, dim in (layer.bit_planes, 2), (layer.alpha, 2), (layer.shift, 1):
+        first, second = part.chunk(2, dim)
+        second.copy_(first)
+    x = torch.cat((x, -x), 1)
     y = run(layer, x, "fast")
     assert_right(y, layer, x)
+    assert y.any()
     for _ in range(3):
         assert torch.equal(run(layer, x, "fast"), y)
 
