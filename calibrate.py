@@ -77,8 +77,8 @@ class Activations:
     rope: tuple[Tensor, Tensor]  # cos and sin, on the device that computes
 
     def next_block(self) -> None:
-        """The target of one block is the original input of the next; so is its output, left in the place of
-        `original`, the quantized input."""
+        """The target of one block is the original input of the next, and its output, which `settle` has written to
+        `original`, the quantized one."""
         self.original, self.quantized, self.target = self.target, self.original, self.quantized
 
 
@@ -213,19 +213,21 @@ def quantize_layers(
 
 
 def pack_layers(quantizers: dict[str, FlexBCQLinear]) -> dict[str, BCQLinear]:
-    """The bit-planes of every quantizer, with the numbers of the file; on several processes, those of the first."""
+    """The bit-planes of every quantizer, by name."""
     packed = {}
     for name, quantizer in quantizers.items():
         with named(name):
             packed[name] = quantizer.pack()
-        parallel.agree(packed[name].state_dict().values())
     return packed
 
 
-def put_in(block: Block, layers: dict[str, nn.Module]) -> None:
-    """Let these layers take the places of those with their names."""
-    for name, layer in layers.items():
+def settle(block: Block, packed: dict[str, BCQLinear], x: Activations) -> float:
+    """Swap the layers for their bit-planes, on several processes those of the first: from here on the numbers are those
+    of the file. Writes the output over the original inputs, which nobody needs any more, and returns its error."""
+    for name, layer in packed.items():
+        parallel.agree(layer.state_dict().values())
         block.set_submodule(name, layer)
+    return output_error(block, x.quantized, x.rope, x.target, out=x.original)
 
 
 def train_block(
@@ -353,18 +355,14 @@ def quantize_block(
         record["training"] = time.perf_counter() - training
         record["moves"] = moves(ranks_before, [q.ranks() for q in quantizers.values()], settings.bits)
 
-    # from here on the numbers are those of the file; nobody needs the original inputs any more
+    # bit-planes; training cannot end worse than it began
     packed = pack_layers(quantizers)
-    put_in(block, packed)
-    record["loss_after"] = output_error(block, x.quantized, x.rope, x.target, out=x.original)
-
-    # training cannot end worse than it began
+    record["loss_after"] = settle(block, packed, x)
     if settings.is_trained:
         record["training_kept"] = record["loss_after"] < record["loss_before"]
         if not record["training_kept"]:
             packed = untrained
-            put_in(block, packed)
-            record["loss_after"] = output_error(block, x.quantized, x.rope, x.target, out=x.original)
+            record["loss_after"] = settle(block, packed, x)
 
     # on to the next block
     x.next_block()
@@ -457,7 +455,8 @@ def measure_baselines(checkpoint: Checkpoint, windows: Tensor, settings: Setting
 
     def round_to_nearest(block: Block, i: int) -> None:
         rtn = replace(settings, method="rtn", feedback_passes=0, finish_steps=0)
-        put_in(block, pack_layers(quantize_layers(checkpoint, block, i, rtn)))
+        for name, layer in pack_layers(quantize_layers(checkpoint, block, i, rtn)).items():
+            block.set_submodule(name, layer)
 
     if "rtn" not in perplexities and settings.method != "rtn":
         perplexities["rtn"] = perplexity(checkpoint, windows, settings.device, round_to_nearest, "rtn")
