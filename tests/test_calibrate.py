@@ -139,11 +139,11 @@ def test_initialization_weighs_columns_by_the_inputs_they_meet(option, toy, text
 @pytest.fixture(scope="module")
 def written(toy, text, tmp_path_factory):
     """A function from options to what a calibration with them puts on record, and the bytes of its second block; at a
-    rate that moves many codes in the few steps there are, from a quick initialization."""
+    rate at which training helps, or else it would be undone, from a quick initialization."""
 
     def calibrate(*options):
         out = tmp_path_factory.mktemp("written") / "out"
-        quick = ["--mapping-rate", 0.3, "--n-ratios", 2, "--n-rounds", 2, "--no-baselines", "--eval-windows", 1]
+        quick = ["--mapping-rate", 2e-3, "--n-ratios", 2, "--n-rounds", 2, "--no-baselines", "--eval-windows", 1]
         result = call(main, "--model", toy, "--out", out, "--text", text, "--bits", 4, *FEW_STEPS, *quick, *options)
         assert result.code == 0, result.err
         config = json.loads((out / "config.json").read_text())
