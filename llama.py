@@ -18,6 +18,7 @@ Sources: Touvron et al. 2023 (Llama 2), Zhang & Sennrich 2019 (RMSNorm), Su et a
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Callable
 
 import torch
@@ -133,6 +134,13 @@ class KVCache:
         self.values[:, :, start : self.length] = values
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
+    def mask(self, n_new: int) -> Tensor | None:
+        """Which of the tokens so far each of the n_new last ones sees, (n_new, length); None: all, or by causality."""
+        past = self.length - n_new
+        if past and n_new > 1:  # the query at position past + i sees everything up to itself
+            return torch.ones(n_new, self.length, dtype=torch.bool, device=self.keys.device).tril(past)
+        return None
+
 
 class Attention(nn.Module):
     """Causal grouped-query attention: `n_rep` query heads read each key/value head."""
@@ -165,13 +173,11 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if self.use_rope:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        mask = None
         if cache is not None:
             k, v = cache.append(k, v)  # (batch, n_kv_heads, past + n_new, head_dim)
-
-        # several new tokens after a past: the query at position past + i sees everything up to itself
-        past, mask = k.shape[2] - n_new, None
-        if past and n_new > 1:
-            mask = torch.ones(n_new, past + n_new, dtype=torch.bool, device=x.device).tril(past)
+            mask = cache.mask(n_new)
+        is_causal = k.shape[2] == n_new  # no past
 
         # in float32 a GPU has no fast attention for grouped heads, only one that stores all n_heads * length^2 weights
         is_grouped = self.n_rep > 1
@@ -179,7 +185,7 @@ class Attention(nn.Module):
             k, v = (t.repeat_interleave(self.n_rep, dim=1) for t in (k, v))
             is_grouped = False
 
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not past, enable_gqa=is_grouped)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=is_grouped)
         return self.o_proj(y.transpose(1, 2).reshape(batch, n_new, -1))
 
 
@@ -241,12 +247,17 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
-        self, ids: Tensor, caches: list[KVCache] | None = None, rope: tuple[Tensor, Tensor] | None = None
+        self,
+        ids: Tensor,
+        caches: list[KVCache] | None = None,
+        rope: tuple[Tensor, Tensor] | None = None,
+        last_only: bool = False,
     ) -> Tensor:
         """ids: (batch, length) int64 -> logits (batch, length, vocab_size).
 
         caches: one for each block, with the tokens before ids
-        rope: the tables of `rope_tables`, long enough for past and new tokens; computed if not given"""
+        rope: the tables of `rope_tables`, long enough for past and new tokens; computed if not given
+        last_only: logits of the last token alone, (batch, 1, vocab_size): the head is a large part of the work"""
         start = caches[0].length if caches else 0
         end = start + ids.shape[1]
         x = self.model.embed_tokens(ids).to(self.model.norm.weight.dtype)  # (batch, length, hidden_size)
@@ -255,6 +266,7 @@ class Llama(nn.Module):
         for i, block in enumerate(self.model.layers):
             x = block(x, cos, sin, caches[i] if caches else None)
 
+        x = x[:, -1:] if last_only else x
         # bit-planes have no weight and take any dtype
         return self.lm_head(self.model.norm(x).to(getattr(self.lm_head, "weight", x).dtype))
 
@@ -265,20 +277,25 @@ class Llama(nn.Module):
         n_tokens: int,
         eos_ids: tuple[int, ...] = (),
         choose: Callable[[Tensor], Tensor] = most_likely,
+        make_step: Callable | None = None,
     ) -> Tensor:
         """Continuation with a KV cache. ids: (batch, length) int64 -> (batch, length + n_tokens).
 
         eos_ids: end-of-text tokens; fewer tokens are generated when every sequence has had one
-        choose: logits (batch, vocab_size) -> the next token of each sequence, (batch, 1)"""
+        choose: logits (batch, vocab_size) -> the next token of each sequence, (batch, 1)
+        make_step: another way to take the steps after the prompt: `fixed_step` of support/graph.py"""
         length = ids.shape[1] + n_tokens
         rope = rope_tables(self.config, length, ids.device)
         caches = [KVCache(self.config, len(ids), length, self.model.norm.weight) for _ in self.model.layers]
 
         eos = torch.tensor(eos_ids, dtype=torch.int64, device=ids.device)
         ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
+        step = partial(self, caches=caches, rope=rope, last_only=True)
         new = ids  # first the prompt, then one token at a time
-        for _ in range(n_tokens):
-            new = choose(self(new, caches, rope)[:, -1])  # (batch, 1)
+        for i in range(n_tokens):
+            if i == 1 and make_step is not None:
+                step = make_step(self, caches, rope)
+            new = choose(step(new)[:, -1])  # (batch, 1)
             ids = torch.cat((ids, new), dim=1)
             ended |= torch.isin(new, eos)
             if eos_ids and ended.all():
