@@ -9,10 +9,11 @@
 // instructions for LANES x 4 weights. Then, for each token, one `dot` multiplies them by 4 columns of x and adds up,
 // exactly. The bytes serve all tokens of a call: hence the speed with several.
 //
-// The price. Rounding puts an x off by at most 1/254 of the largest |x| in its word, and an alpha_i by at most 1/500 of
-// the group's sum of |alpha_i|. For a token, the norm of the errors is about 0.4 % (with 2 to 4 planes at most 1 %) of
-// the norm of the products, sqrt(sum (w x)^2) over rows and columns. An outlier in x takes the precision of the other
-// 31 columns of its word only. (No include guard: the file is meant to be included several times.)
+// The price. Rounding puts an x off by at most 1/254 of the largest |x| in its word, and an alpha_i by at most 1/480 of
+// the group's sum of |alpha_i| (by nothing where up to 5 of them halve from plane to plane). For a token, the norm of
+// the errors is about 0.4 % (with 2 to 4 planes at most 1 %) of the norm of the products, sqrt(sum (w x)^2) over rows
+// and columns. An outlier in x takes the precision of the other 31 columns of its word only. (No include guard: the
+// file is meant to be included several times.)
 
 // A word of x for one token. Byte q of x4[s] is column s + 8 q: so are the bits s, s + 8, s + 16, s + 24 of a word of
 // the planes the lowest bits of its bytes, after shifting by s.
@@ -61,18 +62,22 @@ TARGET INLINE Levels load_levels(const Job& job, int64_t t, int64_t g, int first
         total += (Floats)((Ints)alpha[i] & 0x7fffffff);  // its absolute value
     }
 
-    // a step from -alpha to +alpha is 2 alpha; all of them together fill 250 of the 256 values, and leave room for
-    // rounding
+    // A step from -alpha to +alpha is 2 alpha. All of them together fill most of the 256 values, and leave room for
+    // rounding: at most 254. A multiple of 2^n_bits - 1 keeps a uniform quantizer exact, whose alphas halve from plane
+    // to plane; else all its groups would have the same error, and a model would feel that.
+    const int codes = (1 << job.n_bits) - 1;
+    const float filled = job.n_bits <= 5 ? 252 / codes * codes : 250;
+
     Levels out;
     Ints step[9] = {}, sum = {};
-    const Floats inverse = 250 / (total + 0x1p-40f);  // alpha may be all 0; the smallest that is not is 2^-24
+    const Floats inverse = filled / (total + 0x1p-40f);  // alpha may be all 0; the smallest that is not is 2^-24
     for (int64_t i = 0; i < job.n_bits; i++) {
         step[i] = (Ints)(alpha[i] * inverse + 0x1.8p23f) - 0x4b400000;  // rounds: no room for fractions
         sum += step[i];
     }
 
     // half of the steps up and half down lead to shift; where their sum is odd, half a unit is missing
-    out.unit = total * (2 / 250.f);
+    out.unit = total * (2 / filled);
     const Floats odd = __builtin_convertvector(sum & 1, Floats);
     out.offset = load_halves(job.shift_of(t, g) + first_row) - out.unit * 0.5f * odd;
     Octets zero = in_every_byte(CENTER - (sum >> 1));
