@@ -127,7 +127,8 @@ def measure(
             row = {"out x in": f"{out_features} x {in_features}", "bits": n_bits, "batch": batch, "path": path}
             row |= {"us": f"{seconds[path] * 1e6:.{int(seconds[path] < 1e-4)}f}", "GB/s": f"{speed:.1f}"}
             row |= {"% of read": f"{100 * speed / read:.0f}", "GFLOP/s": f"{flop / seconds[path] / 1e9:.4g}"}
-            for name in calls.keys() - chosen:
+            for dtype in weights:
+                name = f"F.linear {str(dtype)[6:]}"
                 row[f"x {name}"] = f"{seconds[name] / seconds[path]:.3g}"
             rows.append(row | {"read GB/s": f"{read:.1f}"})
     return rows
