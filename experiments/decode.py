@@ -90,23 +90,25 @@ def by_llama_cpp(gguf: Path, ids: Tensor, n_tokens: int) -> list[float]:
     return [ms / 1000 for ms in json.loads(said.stdout.splitlines()[-1])]
 
 
-def contestants(args: argparse.Namespace, device: torch.device) -> dict[str, Callable[[Tensor, int], list[float]]]:
+def contestants(
+    packed: Path, original: Path, llama_cpp: Path | None, device: torch.device
+) -> dict[str, Callable[[Tensor, int], list[float]]]:
     """By name, what reads a prompt, writes tokens, and returns the seconds."""
     from transformers import AutoModelForCausalLM  # takes seconds
 
     on_gpu, found = device.type == "cuda", paths(device.type)
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    packed = Checkpoint(args.packed).model(dtype, device, head_dtype=torch.bfloat16)
-    original = Checkpoint(args.original).model(dtype, device)
-    theirs = AutoModelForCausalLM.from_pretrained(args.original, dtype=torch.bfloat16).to(device)
+    small = Checkpoint(packed).model(dtype, device, head_dtype=torch.bfloat16)
+    large = Checkpoint(original).model(dtype, device)
+    theirs = AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16).to(device)
 
-    calls = {f"packed, {p}": partial(ours, packed, p, None) for p in (found[0], f"{found[0]}_int8") if p in found}
-    calls[f"original, {str(dtype)[6:]}"] = partial(ours, original, found[0], None)
+    calls = {f"packed, {p}": partial(ours, small, p, None) for p in (found[0], f"{found[0]}_int8") if p in found}
+    calls[f"original, {str(dtype)[6:]}"] = partial(ours, large, found[0], None)
     if on_gpu:
-        calls["packed, CUDA graph"] = partial(ours, packed, found[0], fixed_step)
-        calls["original, CUDA graph"] = partial(ours, original, found[0], fixed_step)
+        calls["packed, CUDA graph"] = partial(ours, small, found[0], fixed_step)
+        calls["original, CUDA graph"] = partial(ours, large, found[0], fixed_step)
     calls["transformers, bfloat16"] = partial(by_transformers, theirs)
-    for gguf in sorted(args.llama_cpp.resolve().glob("*.gguf")) if args.llama_cpp else ():
+    for gguf in sorted(llama_cpp.resolve().glob("*.gguf")) if llama_cpp else ():
         calls[f"llama.cpp, {gguf.stem}"] = partial(by_llama_cpp, gguf)
     return calls
 
@@ -114,7 +116,7 @@ def contestants(args: argparse.Namespace, device: torch.device) -> dict[str, Cal
 @torch.inference_mode()
 def run(args: argparse.Namespace) -> None:
     device = check_device(args.device)
-    calls = contestants(args, device)
+    calls = contestants(args.packed, args.original, args.llama_cpp, device)
     ids = torch.randint(1000, (1, args.prompt), generator=torch.Generator().manual_seed(0)).to(device)
 
     speeds = {name: [] for name in calls}

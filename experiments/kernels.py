@@ -104,22 +104,28 @@ def call_of(layer: BCQLinear, x: torch.Tensor, path: str) -> Callable:
 
 
 def measure(
-    shape: tuple[int, int], n_bits: int, args: argparse.Namespace, chosen: list[str], device: torch.device
+    shape: tuple[int, int],
+    n_bits: int,
+    group_size: int,
+    batch_sizes: list[int],
+    chosen: list[str],
+    device: torch.device,
+    n_rounds: int,
 ) -> list[dict]:
     """One row of the table per batch size and path: ours and F.linear, in turns, and a read of 256 MB."""
     out_features, in_features = shape
-    layers, weights = contestants(shape, n_bits, args.group_size, device)
+    layers, weights = contestants(shape, n_bits, group_size, device)
     size = sum(t.nbytes for t in layers[0].buffers())
     stream = torch.randn(2**26, device=device)
 
     rows = []
-    for batch in args.batch:
+    for batch in batch_sizes:
         x = {dtype: torch.randn(batch, in_features, device=device, dtype=dtype) for dtype in weights}
         ours = x[next(iter(x))]
         calls = {path: [call_of(layer, ours, path) for layer in layers] for path in chosen}
         for dtype, copies in weights.items():
             calls[f"F.linear {str(dtype)[6:]}"] = [functools.partial(F.linear, x[dtype], w) for w in copies]
-        seconds = medians(calls | {"read": [stream.sum]}, device, args.rounds)
+        seconds = medians(calls | {"read": [stream.sum]}, device, n_rounds)
 
         read = stream.nbytes / seconds["read"] / 1e9
         for path in chosen:
@@ -198,7 +204,7 @@ def run(args: argparse.Namespace) -> None:
     rows, jobs = [], list(itertools.product(args.shapes, args.bits))
     with torch.inference_mode():
         for shape, n_bits in tqdm(jobs, unit="weight", leave=False):
-            rows += measure(shape, n_bits, args, chosen, device)
+            rows += measure(shape, n_bits, args.group_size, args.batch, chosen, device, args.rounds)
 
     lines = [list(rows[0]), ["---:"] * len(rows[0]), *(map(str, row.values()) for row in rows)]
     table = f"{title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -178,6 +178,7 @@ KERNEL_OPTIONS = {
     "shape of nothing": (["--shapes", "0x128"], "argument --shapes: invalid rows_x_columns value: '0x128'"),
     "no tokens": (["--batch", "0"], "argument --batch: invalid positive value: '0'"),
     "no rounds": (["--rounds", "0"], "argument --rounds: invalid positive value: '0'"),
+    "path of a GPU": (["--device", "cpu", "--paths", "readable"], "--paths readable: this machine offers "),
     "bits": (["--bits", "9", "--shapes", "64x64"], "9 bits: choose 1 to 8"),
     "group size": (["--group-size", "48", "--shapes", "64x64"], "cannot be cut into groups of 48"),
 }
