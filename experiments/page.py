@@ -40,6 +40,14 @@ STAGES = {  # name -> method and switch
     "all three": ("flexbcq", ""),
     "with a longer finish": ("flexbcq", "--finish-steps 256"),
 }
+TASKS = {  # name -> file or folder, and how many items of each file are asked, the first
+    "BLiMP": ("blimp", 20),
+    "LAMBADA": ("cloze/lambada_openai.jsonl", 300),
+    "PIQA": ("cloze/piqa.jsonl", 300),
+}
+TASK_CELLS = [(4, 64), (3, 64), (2, 64)]
+ANSWERING = ["rtn", "gptq", "bcq", "flexround", "flexbcq"]  # methods that are asked
+WINDOWS = 2  # of the test set, for the distance from the original
 LONGER_SAMPLES, LONGER_EPOCHS = 64, 4  # cells also run with more steps
 LONGER = f"--samples {LONGER_SAMPLES} --epochs {LONGER_EPOCHS}"
 ABLATED = "--samples 64"  # on the bundled model: a minute or two a run
@@ -66,6 +74,11 @@ def ablation(bits: int, switch: str = "") -> str:
 def required() -> list[str]:
     """The runs without which there is no page; they measure the original too."""
     return [options("rtn", *MAIN), *map(ablation, ABLATED_BITS)]
+
+
+def answering() -> list[str]:
+    """The runs whose result also answers the tasks."""
+    return [options(method, bits, group_size) for bits, group_size in TASK_CELLS for method in ANSWERING]
 
 
 def ablations() -> dict[str, list[str]]:
@@ -206,6 +219,77 @@ def whole_table(runs: dict) -> str:
             bits = f"{runs[chosen]['bits_per_weight']:.2f}"
             rows.append((name_of(*cell), bits, rounded(perplexity(runs, chosen, "flexbcq"))))
     return lines(*rows) + "\n\n" if rows[1:] else ""
+
+
+def percent(answers: list[int]) -> tuple[float, float]:
+    """The mean of some answers and its standard error, in percent.
+
+    >>> [round(x, 2) for x in percent([1, 1, 1, 0])]
+    [75.0, 21.65]"""
+    mean = statistics.mean(answers)
+    return 100 * mean, 100 * statistics.pstdev(answers, mean) / math.sqrt(len(answers))
+
+
+def gain(found: dict, other: dict) -> tuple[float, float]:
+    """By how many points more items are answered right than by another model, the mean of the tasks, and its standard
+    error. Both have answered the same items, so what counts are those where they differ.
+
+    >>> same = {"LAMBADA": "11", "PIQA": "10"}
+    >>> [round(x, 2) for x in gain({"BLiMP": "1110"} | same, {"BLiMP": "1000"} | same)]
+    [16.67, 8.33]"""
+    gains = [percent([int(a) - int(b) for a, b in zip(found[task], other[task])]) for task in TASKS]
+    means, errors = zip(*gains)
+    return statistics.mean(means), math.hypot(*errors) / len(errors)
+
+
+def task_table(store: dict) -> str:
+    """Accuracy in the tasks and distance from the original, and a sentence on flexbcq and the method next to it."""
+    original = store["tasks"]
+
+    def row(name: str, found: dict | None) -> tuple:
+        if found is None:
+            return (name, *[""] * (len(TASKS) + 3))
+        shares = (percent([int(right) for right in found[task]]) for task in TASKS)
+        accuracies = [f"{mean:.1f} ± {error:.1f}" for mean, error in shares]
+        if found is original:
+            return (name, *accuracies, "", "", "")
+        mean, error = gain(found, original)
+        distance = f"{found['kl_mean']:.3f}", f"{found['same_token']:.1%}"
+        return (name, *accuracies, f"{mean:+.1f} ± {error:.1f}", *distance)
+
+    head = ("accuracy, %", *TASKS, "mean, from the original", "KL", "same token")
+    rows, margins = [head, row("original", original)], []
+    for bits, group_size in TASK_CELLS:
+        runs = {method: store["runs"].get(options(method, bits, group_size), {}) for method in ANSWERING}
+        rows += [row(f"{bits} bits, {method}", run.get("tasks")) for method, run in runs.items()]
+        found = {method: run["tasks"] for method, run in runs.items() if "tasks" in run}
+        if len(found) == len(ANSWERING):
+            ours = found.pop("flexbcq")
+            best = max(found, key=lambda method: gain(found[method], original))
+            mean, error = gain(ours, found[best])
+            margins.append(f"{mean:+.1f} ± {error:.1f} points ({best}) at {bits} bits")
+
+    against = f"flexbcq against the best of the others, in the same mean: {', '.join(margins)}." if margins else ""
+    return f"{lines(*rows)}\n\n{against}".rstrip()
+
+
+def task_section(store: dict) -> str:
+    """The tasks, if they were measured."""
+    if "tasks" not in store:
+        return ""
+    parts = ", ".join(f"{len(store['tasks'][task]):,} items of {task}" for task in TASKS)
+    return f"""## Answers
+
+The same models in groups of 64 on a part of three tasks: {parts}, the first of each
+file. Scored as `eval.py --task` does it, in float32, with standard errors; the figures compare these models with each
+other, not with those published for whole tasks. The mean of the three is given as its difference from the original,
+with the standard error of paired differences, since all have answered the same items. KL is the mean divergence from
+the original's next-token distribution in nats, same token the share of positions where both find the same one most
+likely (`eval.py --against`, on {WINDOWS} windows of the test set).
+
+{task_table(store)}
+
+"""
 
 
 def cost_table(runs: dict) -> str:
@@ -360,7 +444,7 @@ What a run costs in processor time, checks and evaluation included:
 
 {cost_table(runs)}
 
-## What each part of FlexBCQ contributes
+{task_section(store)}## What each part of FlexBCQ contributes
 
 On the bundled model, one switch changed at a time: `python calibrate.py {ABLATED} --bits BITS SWITCH`, a minute or two
 each. Perplexity, and how much higher it is than the default's. The original has

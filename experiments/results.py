@@ -1,9 +1,11 @@
 """Make the measurements that RESULTS.md shows, and write it; page.py says which they are and how they are shown.
 
     python -m experiments.results                                      # on the bundled model: the ablation
-    python -m experiments.results --model smollm2 --data wikitext-2    # on SmolLM2-135M too: the four methods
+    python -m experiments.results --model smollm2 --data wikitext-2    # on SmolLM2-135M too: the methods
+    python -m experiments.results --model smollm2 --data wikitext-2 --tasks DATA    # and their answers in tasks
 
-smollm2 is a Hugging Face folder; wikitext-2 holds wiki.valid.tokens and wiki.test.joined.txt (see page.TEXT). A
+smollm2 is a Hugging Face folder; wikitext-2 holds wiki.valid.tokens and wiki.test.joined.txt (see page.TEXT), DATA the
+published files of BLiMP, LAMBADA and PIQA (see page.TASKS). A
 measurement is one call of calibrate.py with the options that the page shows. Each is kept in experiments/results.json
 as soon as it is there and made only once, so this can be stopped and started again, or run twice at the same time.
 """
@@ -47,10 +49,10 @@ def machine(device: str, threads: int) -> str:
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {threads} {plural}"
 
 
-def measure(chosen: str, model: Path | None, data: Path | None, device: str, threads: int) -> dict:
+def measure(chosen: str, model: Path | None, data: Path | None, tasks: Path | None, device: str, threads: int) -> dict:
     """Calibrate in a process of its own, into a folder that is deleted. Raises OSError with what it printed last.
 
-    chosen: options of calibrate.py; model, data: for the runs on SmolLM2"""
+    chosen: options of calibrate.py; model, data: for the runs on SmolLM2; tasks: for those that answer tasks too"""
     command = ["calibrate.py", "--device", device]
     if chosen.startswith(page.SETTING):
         command += ["--model", model, "--text", data / "wiki.valid.tokens", "--eval-text", data / page.TEXT]
@@ -58,16 +60,32 @@ def measure(chosen: str, model: Path | None, data: Path | None, device: str, thr
     command += [*chosen.split(), "--baselines" if with_original else "--no-baselines"]
 
     with tempfile.TemporaryDirectory() as folder:
-        call([*command, "--out", Path(folder) / "out"], threads)
-        report = json.loads((Path(folder) / "out" / "calibration.json").read_text())
+        out = Path(folder) / "out"
+        call([*command, "--out", out], threads)
+        record = kept(json.loads((out / "calibration.json").read_text()), machine(device, threads))
+        if tasks and chosen in page.answering():
+            record["tasks"] = measure_tasks(out, model, data, tasks, device, threads)
+    return record
 
-    kept = ("perplexity", "bits_per_weight", "seconds", "cpu_seconds", "peak_bytes", "eval_windows", "versions")
-    record = {key: report[key] for key in kept}
+
+def kept(report: dict, measured_on: str) -> dict:
+    """What the store keeps of a report of calibrate.py."""
+    names = ("perplexity", "bits_per_weight", "seconds", "cpu_seconds", "peak_bytes", "eval_windows", "versions")
+    record = {name: report[name] for name in names}
     record |= {"divergence": report["finish"]["divergence"]} if "finish" in report else {}
     if "moves" in report["blocks"][0]:
         moves = zip(*(block["moves"] for block in report["blocks"]))
         record["moves"] = [statistics.mean(shares) for shares in moves]
-    return record | {"machine": machine(device, threads)}
+    return record | {"machine": measured_on}
+
+
+def measure_tasks(folder: Path, original: Path | None, data: Path, tasks: Path, device: str, threads: int) -> dict:
+    """What `experiments.tasks` finds, in a process of its own."""
+    against = ["--against", original] if original else []
+    with tempfile.TemporaryDirectory() as temporary:
+        command = ["-m", "experiments.tasks", "--model", folder, *against, "--text", data / page.TEXT, "--data", tasks]
+        call([*command, "--device", device, "--out", Path(temporary) / "tasks.json"], threads)
+        return json.loads((Path(temporary) / "tasks.json").read_text())
 
 
 def call(command: list, threads: int) -> None:
@@ -126,22 +144,32 @@ def changing_store() -> Iterator[dict]:
         write_json(page.STORE, store)
 
 
-def measure_all(model: Path | None, data: Path | None, device: str, n_jobs: int, n_runs: int | None) -> None:
+def measure_all(
+    model: Path | None, data: Path | None, tasks: Path | None, device: str, n_jobs: int, n_runs: int | None
+) -> None:
     """Fill the store with what it lacks, at most n_runs, n_jobs of them side by side."""
     store, threads = read_store(), max(1, os.cpu_count() // n_jobs)
     if model and "step" not in store:
         step, digest = measure_step(model, device), hashlib.sha256((data / page.TEXT).read_bytes()).hexdigest()
         with changing_store() as store:
             store |= {"step": step, "sha256": digest}
+    if model and tasks and "tasks" not in store:
+        found = measure_tasks(model, None, data, tasks, device, threads)
+        with changing_store() as store:
+            store["tasks"] = found
+
+    def is_missing(chosen: str, runs: dict) -> bool:
+        lacks_tasks = tasks and chosen in page.answering() and "tasks" not in runs.get(chosen, {})
+        return chosen not in runs or lacks_tasks
 
     def keep(chosen: str) -> None:
-        if chosen in read_store()["runs"]:
+        if not is_missing(chosen, read_store()["runs"]):
             return  # another process has made it since
-        record = measure(chosen, model, data, device, threads)
+        record = measure(chosen, model, data, tasks, device, threads)
         with changing_store() as store:
             store["runs"][chosen] = record
 
-    missing = [chosen for chosen in page.wanted(with_model=bool(model)) if chosen not in store["runs"]][:n_runs]
+    missing = [chosen for chosen in page.wanted(with_model=bool(model)) if is_missing(chosen, store["runs"])][:n_runs]
     with ThreadPoolExecutor(n_jobs) as pool:
         futures = [pool.submit(keep, chosen) for chosen in missing]
         try:
@@ -153,16 +181,19 @@ def measure_all(model: Path | None, data: Path | None, device: str, n_jobs: int,
 
 def run(args: argparse.Namespace) -> None:
     # what was asked for
-    model, data = (path and path.resolve() for path in (args.model, args.data))  # the runs start in another folder
+    folders = args.model, args.data, args.tasks
+    model, data, tasks = (path and path.resolve() for path in folders)  # the runs start in another folder
     if model:
         names = "wiki.valid.tokens", page.TEXT
         if data is None or not all((data / name).is_file() for name in names):
             raise OSError(f"--data {args.data or ''}: give a folder with {' and '.join(names)}")
+    if tasks and not all((tasks / path).exists() for path, _ in page.TASKS.values()):
+        raise OSError(f"--tasks {args.tasks}: give a folder with {', '.join(path for path, _ in page.TASKS.values())}")
     if args.jobs < 1 or (args.runs or 0) < 0:
         raise ValueError(f"--jobs {args.jobs} --runs {args.runs}: at least 1 job and 0 runs")
     check_device(args.device)
 
-    measure_all(model, data, args.device, args.jobs, args.runs)
+    measure_all(model, data, tasks, args.device, args.jobs, args.runs)
     store = read_store()
     if lacking := set(page.required()) - store["runs"].keys():
         raise OSError(f"{page.STORE}: too few runs for a page; make {min(lacking)} first (of SmolLM2: --model, --data)")
@@ -174,6 +205,7 @@ def main() -> None:
     add = parser.add_argument
     add("--model", type=Path, help="folder of SmolLM2-135M (default: measure the bundled model only)")
     add("--data", type=Path, help=f"folder with wiki.valid.tokens and {page.TEXT}")
+    add("--tasks", type=Path, help="folder with the files of the tasks (default: do not measure them)")
     add("--jobs", type=int, default=1, help="runs side by side, sharing the cores (default: %(default)s)")
     add("--runs", type=int, help="make only so many (default: all that are missing)")
     add("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (default: %(default)s)")

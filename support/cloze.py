@@ -114,7 +114,7 @@ def answers(
     for item in items:
         texts = [text for _, text in continuations(item)]
         values = [next(found) for _ in texts]
-        is_cut = any(too_long[-len(texts) :])
+        is_cut = any([too_long.pop(0) for _ in texts])
         if "continuation" in item:
             yield values[0].greedy, values[0].greedy, is_cut
         else:

@@ -25,6 +25,8 @@ from support.checkpoint import Checkpoint
 from support.data import encode_prompt, read_text
 
 LETTERS = "ABCD"
+TOGETHER = 128  # tokens of a batch of texts
+WORTH = 32  # tokens saved that are worth a pass of their own
 
 
 # --------------------------------------------------------------------------------------------------------- the files
@@ -91,27 +93,61 @@ class Likelihood(NamedTuple):
     greedy: bool  # is each of its tokens the most likely one?
 
 
+def stem(batch: list[tuple[list[int], int]]) -> list[int]:
+    """The tokens that all texts of a batch begin with, up to the one before the first that is scored.
+
+    >>> stem([([5, 6, 7, 8], 3), ([5, 6, 7, 9], 3), ([5, 6, 7], 2)])
+    [5]"""
+    return os.path.commonprefix([tokens for tokens, _ in batch])[: min(n for _, n in batch) - 1]
+
+
+def batched(pairs: Iterable[tuple[list[int], int]]) -> Iterator[list[tuple[list[int], int]]]:
+    """Pairs that follow each other, as many as have TOGETHER tokens behind their stem, padding included."""
+    batch = []
+    for pair in pairs:
+        more = [*batch, pair]
+        if batch and len(more) * (max(len(tokens) for tokens, _ in more) - len(stem(more))) > TOGETHER:
+            yield batch
+            more = [pair]
+        batch = more
+    if batch:
+        yield batch
+
+
 @torch.inference_mode()
 def log_probability(model: Llama, pairs: Iterable[tuple[list[int], int]], max_length: int) -> Iterator[Likelihood]:
     """For each pair (tokens, n): the likelihood of the tokens from the n-th on, given those before.
 
-    What a text has in common with the one before, such as the shots, stays in the cache and is not computed again."""
+    Reading the weights takes longer than multiplying a few tokens by them, so short texts are computed together. What
+    all of a batch begin with, such as the shots, is computed once, if it is long enough to be worth it, and stays in
+    the cache for the next batch."""
     like = model.model.norm.weight
     caches = [KVCache(model.config, 1, max_length, like) for _ in model.model.layers]
-    before = torch.tensor([], dtype=torch.int64)
-    for tokens, n in pairs:
-        ids = torch.tensor(tokens)
-        known = min(len(before), n - 1)
-        shared = int((before[:known] == ids[:known]).cumprod(0).sum())
+    before = []
+    for batch in batched(pairs):
+        shared = stem(batch)
+        known = len(os.path.commonprefix([before, shared]))
+        if (len(batch) - 1) * len(shared[known:]) < WORTH:
+            shared = shared[:known]
         for cache in caches:
-            cache.length = shared
+            cache.length = known
+        if shared[known:]:
+            model(torch.tensor([shared[known:]], device=like.device), caches)
+        before = shared
+
+        # the rest of each text, padded behind its end, where nothing before it looks
+        rest = [torch.tensor(tokens[len(shared) : -1], device=like.device) for tokens, _ in batch]
+        ids = nn.utils.rnn.pad_sequence(rest, batch_first=True)  # (batch, length)
+        wide = [KVCache(model.config, len(ids), len(shared) + ids.shape[1], like) for _ in caches]
+        for cache, copy in zip(caches, wide):
+            copy.append(cache.keys[:, :, : len(shared)], cache.values[:, :, : len(shared)])
 
         # the logits at one place are those of the token at the next
-        logits = model(ids[None, shared:-1].to(like.device), caches)[0, n - len(ids) :]  # (answer, vocab_size)
-        answer = ids[n:, None].to(like.device)
-        log_p = logits.float().log_softmax(-1).gather(1, answer).sum().item()
-        yield Likelihood(log_p, torch.equal(logits.argmax(-1, keepdim=True), answer))
-        before = ids[:-1]
+        for (tokens, n), logits in zip(batch, model(ids, wide)):
+            answer = torch.tensor(tokens[n:], device=like.device)[:, None]  # (answer, 1)
+            logits = logits[n - 1 - len(shared) :][: len(answer)]  # (answer, vocab_size)
+            log_p = logits.float().log_softmax(-1).gather(1, answer).sum().item()
+            yield Likelihood(log_p, torch.equal(logits.argmax(-1, keepdim=True), answer))
 
 
 class Score(NamedTuple):

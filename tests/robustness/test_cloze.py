@@ -45,7 +45,7 @@ def test_a_hundred_items_are_answered_as_by_transformers(kind, model, tmp_path):
     """Every continuation scored alone, without a cache."""
     items = [KINDS[kind]() for _ in range(100)]
     oracle, tokenizer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), load_tokenizer(model)
-    expected = []
+    expected, pairs, values = [], [], []
     for item in items:
         scores, greedy = [], []
         for context, continuation in continuations(item):
@@ -55,10 +55,14 @@ def test_a_hundred_items_are_answered_as_by_transformers(kind, model, tmp_path):
             places = range(len(known), len(ids))
             scores.append(sum(log_p[i - 1, ids[i]].item() for i in places))
             greedy.append(all(log_p[i - 1].argmax() == ids[i] for i in places))
+            pairs.append((ids, len(known)))
+        values += scores
         expected.append(greedy[0] if kind == "last words" else scores.index(max(scores)) == item.get("gold", 0))
 
     checkpoint = Checkpoint(model)
-    assert [right for right, *_ in answers(checkpoint, checkpoint.model(), tokenizer, items)] == expected
+    ours = checkpoint.model()
+    assert [found.log_p for found in log_probability(ours, pairs, 512)] == pytest.approx(values, abs=1e-4)
+    assert [right for right, *_ in answers(checkpoint, ours, tokenizer, items)] == expected
 
     path = tmp_path / "items.jsonl"
     path.write_text("\n".join(map(json.dumps, items)) + "\n\n")

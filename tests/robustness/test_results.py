@@ -10,6 +10,7 @@ import time
 import pytest
 from helpers import call
 
+from eval import main as eval_main
 from experiments import page, results
 
 
@@ -36,6 +37,7 @@ def small(toy, text, tmp_path, monkeypatch):
     monkeypatch.setattr(page, "STAGED", [(3, -1)])
     monkeypatch.setattr(page, "LONGER", "--samples 8")
     monkeypatch.setattr(page, "ablations", lambda: {"mapping": ["--period 1"], "filtering": ["--tau 1e9"]})
+    monkeypatch.setattr(page, "TASK_CELLS", [(3, -1)])
     for name in ("STORE", "PLOT", "PEERS", "PAGE"):
         monkeypatch.setattr(page, name, tmp_path / getattr(page, name).name)
     return ["--model", toy, "--data", tmp_path, "--jobs", 2]
@@ -47,11 +49,12 @@ def made_up(small):
     real = json.loads((page.ROOT / "experiments" / "results.json").read_text("utf-8"))
     record = next(run for run in real["runs"].values() if "moves" in run)
     perplexities = {"original": 1234.5, "rtn": 12.0, "gptq": 12.5, "bcq": 13.0, "flexround": 14.0, "flexbcq": 100.0}
-    record |= {"perplexity": perplexities}
+    tasks = {"BLiMP": "1010", "LAMBADA": "01", "PIQA": "11"}
+    record |= {"perplexity": perplexities, "tasks": tasks | {"kl_mean": 0.25, "same_token": 0.5}}
     runs = {chosen: record for chosen in page.wanted()}
     worse = page.ablation(2, "--seed 1")
     runs[worse] = record | {"perplexity": record["perplexity"] | {"flexbcq": 110.0}}
-    return real | {"runs": runs}
+    return real | {"runs": runs, "tasks": tasks | {"BLiMP": "1111"}}
 
 
 def test_the_page_compares_the_runs(made_up):
@@ -75,6 +78,54 @@ def test_what_is_missing_is_measured_and_the_rest_is_kept(small, made_up, tmp_pa
     rtn = measured[missing[0]]["perplexity"]["rtn"]
     assert rtn > 100 and f"| {page.rounded(rtn)} |" in (tmp_path / "RESULTS.md").read_text()
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """A folder with a few items of each task."""
+    line = {"LAMBADA": {"context": "def read", "continuation": "self"}}
+    line["BLiMP"] = {"sentence_good": "import sys", "sentence_bad": "sys import"}
+    line["PIQA"] = {"query": "for i in", "choices": ["range", "while"], "gold": 0}
+    for name, (path, _) in page.TASKS.items():
+        file = tmp_path / "tasks" / path / "one.jsonl" if name == "BLiMP" else tmp_path / "tasks" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text((json.dumps(line[name]) + "\n") * 30)
+    return tmp_path / "tasks"
+
+
+def test_a_run_without_answers_is_made_again_and_answers(small, made_up, tasks, toy, tmp_path):
+    chosen = page.options("bcq", 3, -1)
+    runs = made_up["runs"] | {chosen: {key: x for key, x in made_up["runs"][chosen].items() if key != "tasks"}}
+    store = {key: x for key, x in made_up.items() if key != "tasks"} | {"runs": runs}
+    (tmp_path / "results.json").write_text(json.dumps(store))
+    assert call(results.main, *small, "--tasks", tasks).code == 0
+    store = json.loads((tmp_path / "results.json").read_text())
+    assert {name: run for name, run in store["runs"].items() if run != made_up["runs"][name]}.keys() == {chosen}
+
+    # the original's answers are those of eval.py, and its result is not the original
+    for name, (path, limit) in page.TASKS.items():
+        said = call(eval_main, "--model", toy, "--task", tasks / path, "--limit", limit).out
+        mean, _ = page.percent([int(right) for right in store["tasks"][name]])
+        assert said.startswith(f"accuracy {mean:.1f}% +- ") and f"{min(limit, 30)} items" in said
+    found = store["runs"][chosen]["tasks"]
+    assert found["kl_mean"] > 0 and 0 < found["same_token"] < 1
+    assert f"| {found['kl_mean']:.3f} | {found['same_token']:.1%} |" in (tmp_path / "RESULTS.md").read_text()
+
+
+def test_answers_are_compared_item_by_item(made_up):
+    """All models agree on LAMBADA and PIQA; on BLiMP the original answers two of four items that the others do not."""
+    text = page.task_table(made_up)
+    assert "| original | 100.0 ± 0.0 | 50.0 ± 35.4 | 100.0 ± 0.0 |  |  |  |" in text
+    assert "| 3 bits, bcq | 50.0 ± 25.0 | 50.0 ± 35.4 | 100.0 ± 0.0 | -16.7 ± 8.3 | 0.250 | 50.0% |" in text
+    assert "flexbcq against the best of the others, in the same mean: +0.0 ± 0.0 points (rtn) at 3 bits." in text
+    made_up["runs"].pop(page.options("gptq", 3, -1))
+    text = page.task_table(made_up)
+    assert "| 3 bits, gptq |  |  |  |  |  |  |" in text and "flexbcq against" not in text
+
+
+def test_a_folder_without_the_tasks_is_said(small, tmp_path):
+    result = call(results.main, *small, "--tasks", tmp_path)
+    assert result.code == 2 and "give a folder with blimp, cloze/lambada_openai.jsonl, cloze/piqa.jsonl" in result.err
 
 
 def test_too_few_runs_for_a_page_are_kept_and_the_next_is_named(small, tmp_path):
