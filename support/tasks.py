@@ -132,7 +132,7 @@ def log_probability(model: Llama, pairs: Iterable[tuple[list[int], int]], max_le
         for cache in caches:
             cache.length = known
         if shared[known:]:
-            model(torch.tensor([shared[known:]], device=like.device), caches)
+            model(torch.tensor([shared[known:]], device=like.device), caches, last_only=True)
         before = shared
 
         # the rest of each text, padded behind its end, where nothing before it looks
