@@ -89,8 +89,8 @@ def ablations() -> dict[str, list[str]]:
         "error feedback": ["--feedback-passes 0", "--feedback-passes 1", "--feedback-passes 4"],
         "gradient filtering": ["--tau 1e9", "--tau 0.5", "--tau 2", "--tau 4"],
         "mapping": ["--period 1", "--period 4", "--period 8", "--no-local"],
-        "training": ["--no-learn-shift", "--level-rate 0", "--mapping-rate 0.0025", "--mapping-rate 0.01"]
-        + ["--original-input 0", "--epochs 4"],
+        "training": ["--no-learn-shift", "--level-rate 0", "--level-rate 0.0005"]
+        + ["--mapping-rate 0.0025", "--mapping-rate 0.01", "--original-input 0", "--epochs 4"],
         "finish": ["--finish-steps 0", "--finish-steps 16", "--finish-steps 256"],
     }
 

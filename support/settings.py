@@ -24,6 +24,7 @@ HELD_OUT = 8  # samples that decide which state the finish keeps
 PAPER = {  # what sets every departure of ours back
     "n_ratios": 50,
     "n_rounds": 15,
+    "level_rate": 5e-4,
     "importance": False,
     "learn_shift": False,
     "feedback_passes": 0,
@@ -79,7 +80,7 @@ class Settings:
     seed: int = calibration(0, "seed of the samples, their order and the mixing of inputs", 0, 2**32 - 1)
 
     mapping_rate: float = switch(5e-3, "learning rate of scale, s_elem and s_row, falling to 0 as a cosine", 0, 1)
-    level_rate: float = switch(5e-4, "learning rate of alpha and shift, falling to 0 as a cosine", 0, 1)
+    level_rate: float = switch(2e-3, "learning rate of alpha and shift, falling to 0 as a cosine", 0, 1)
     period: int = switch(2, "training steps between two mappings of weights to levels", 1)
     local: bool = switch(True, "a new mapping moves a weight by one level at most")
     tau: float = switch(1.0, "no gradient where the level is further away than X times the smallest alpha", 0, 1e9)

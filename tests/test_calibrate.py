@@ -193,6 +193,7 @@ def test_the_preset_of_the_paper_removes_each_departure_and_leaves_the_rest(toy,
     departures = {
         "n_ratios": 50,  # ours: 10 clipping ratios
         "n_rounds": 15,  # and 8 rounds from each
+        "level_rate": 5e-4,  # 2e-3
         "importance": False,  # errors of the initialization count alike
         "learn_shift": False,  # the shift is fitted, not trained
         "feedback_passes": 0,
