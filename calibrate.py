@@ -344,6 +344,7 @@ def quantize_block(
         parallel.agree(quantizer.state_dict().values())  # GPUs do not add in the same order twice
     record = {"initializing": time.perf_counter() - initializing, "training": 0.0}
     record["loss_before"] = output_error(block, x.quantized, x.rope, x.target)
+    check_finite(torch.tensor([record["loss_before"]]))
     advance(f"loss {record['loss_before']:.3e}")
 
     # training

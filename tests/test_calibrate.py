@@ -159,7 +159,7 @@ def plain(written):
 
 @pytest.mark.parametrize(
     "switch",
-    ["--mapping-rate 0.01", "--level-rate 0.01", "--period 1", "--no-local", "--tau 0.5", "--no-learn-shift"]
+    ["--mapping-rate 0.01", "--level-rate 0.01", "--period 1", "--tau 0.5", "--no-learn-shift"]
     + ["--original-input 0", "--n-ratios 5", "--n-rounds 5", "--no-importance", "--feedback-passes 1"]
     + ["--finish-steps 0", "--finish-rate 0.1"],
 )
@@ -168,6 +168,17 @@ def test_every_switch_changes_what_is_written_and_is_on_record(switch, plain, wr
     on_record, block_1 = written(*switch.split())
     assert on_record[name] != plain[0][name] and on_record | {name: plain[0][name]} == plain[0]
     assert block_1 != plain[1]
+
+
+def test_without_local_mapping_weights_jump(toy, text, tmp_path):
+    """At a rate so high that weights pass several levels between two mappings."""
+    options = ["--model", toy, "--text", text, "--bits", 4, *FEW_STEPS, "--mapping-rate", 0.3, "--no-baselines"]
+    far = []
+    for switch in ("--local", "--no-local"):
+        assert call(main, *options, switch, "--out", tmp_path / switch).code == 0
+        report = json.loads((tmp_path / switch / "calibration.json").read_text())
+        far.append(sum(report["blocks"][0]["moves"][4:]))  # share of weights that moved by 4 levels or more
+    assert far[0] == 0 < far[1]  # 8 steps have three mappings
 
 
 @pytest.mark.parametrize("method, without", [("gptq", "rtn"), ("bcq", "bcq"), ("flexbcq", "flexbcq")])
