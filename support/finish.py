@@ -187,6 +187,7 @@ def finish(checkpoint: Checkpoint, ids: Tensor, settings: Settings, folder: Path
     ids: (HELD_OUT + samples, seq_len); the new files replace the old ones only when all are there, so that a run which
     is killed at any moment starts from the blocks, or from what is finished"""
     staged, start = folder / "finish", time.perf_counter()
+    parallel.wait()  # the first process writes the last block while the others are here already
     if "finish" not in report:
         blocks = []
         for i in range(checkpoint.config.num_hidden_layers):

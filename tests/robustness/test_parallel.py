@@ -219,7 +219,8 @@ def test_death_of_one_process_ends_all_with_one_line_and_finished_blocks_are_kep
         kill_child(launcher)
         lines = [line for line in launcher.stderr.read().splitlines() if line.startswith("error: ")]
     assert launcher.returncode and len(lines) <= 1 and os.listdir(tmp_path) == ["out.partial"]
-    assert torchrun(*options).returncode == 0 and os.listdir(tmp_path) == ["out"]
+    resumed = torchrun(*options)
+    assert resumed.returncode == 0 and os.listdir(tmp_path) == ["out"], resumed.stderr
 
 
 @slow
