@@ -36,7 +36,7 @@ STAGES = {  # name -> method and switch
     "feedback alone": ("bcq", ""),
     "feedback, blocks": ("flexbcq", "--finish-steps 0"),
     "blocks, finish": ("flexbcq", "--feedback-passes 0"),
-    "feedback, finish": ("bcq", "--finish-steps 64"),
+    "feedback, finish": ("bcq", "--finish-steps 128"),
     "all three": ("flexbcq", ""),
     "with a longer finish": ("flexbcq", "--finish-steps 256"),
 }
@@ -85,13 +85,12 @@ def ablations() -> dict[str, list[str]]:
     """Question -> switches that answer it."""
     return {
         "the paper": ["--paper"],
-        "initialization": ["--n-rounds 0", "--n-ratios 1", "--n-ratios 50", "--no-importance"],
-        "error feedback": ["--feedback-passes 0", "--feedback-passes 1", "--feedback-passes 4"],
-        "gradient filtering": ["--tau 1e9", "--tau 0.5", "--tau 2", "--tau 4"],
-        "mapping": ["--period 1", "--period 4", "--period 8", "--no-local"],
-        "training": ["--no-learn-shift", "--level-rate 0", "--level-rate 0.0005"]
-        + ["--mapping-rate 0.0025", "--mapping-rate 0.01", "--original-input 0", "--epochs 4"],
-        "finish": ["--finish-steps 0", "--finish-steps 16", "--finish-steps 256"],
+        "initialization": ["--n-rounds 0", "--n-ratios 1", "--no-importance"],
+        "error feedback": ["--feedback-passes 0", "--feedback-passes 1"],
+        "gradient filtering": ["--tau 1e9", "--tau 0.5", "--tau 4"],
+        "mapping": ["--period 1", "--period 8", "--no-local"],
+        "training": ["--no-learn-shift", "--level-rate 0", "--original-input 0"],
+        "finish": ["--finish-steps 0", "--finish-steps 32", "--finish-steps 256"],
     }
 
 

@@ -93,7 +93,7 @@ class Settings:
         None, "passes of error feedback after the initialization", 0, shown="2 for bcq and flexbcq, 1 for gptq, else 0"
     )
     finish_steps: int | None = switch(
-        None, "steps of end-to-end training of all alpha and shift at the end", 0, shown="64 for flexbcq, else 0"
+        None, "steps of end-to-end training of all alpha and shift at the end", 0, shown="128 for flexbcq, else 0"
     )
     finish_rate: float = switch(1e-3, "their learning rate, in units of each group's mean alpha", 0, 1)
 
@@ -115,7 +115,7 @@ class Settings:
 
     def __post_init__(self):
         check_ranges(self)
-        passes, steps = {"gptq": (1, 0), "bcq": (2, 0), "flexbcq": (2, 64)}.get(self.method, (0, 0))
+        passes, steps = {"gptq": (1, 0), "bcq": (2, 0), "flexbcq": (2, 128)}.get(self.method, (0, 0))
         for name, default in (("feedback_passes", passes), ("finish_steps", steps)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)  # frozen, but not yet for others to see

@@ -283,27 +283,16 @@ def test_an_error_is_printed_when_torchrun_is_gone():
 
 @slow
 @pytest.mark.parametrize("method", ["bcq", "flexbcq"])
-def test_one_and_two_threads_give_the_same_bytes_but_for_error_feedback(method, text, tmp_path):
-    """The bundled model, whose layers are large enough to be shared among threads. (With error feedback a last digit
-    differs, and becomes another code.)"""
+def test_one_and_two_threads_give_the_same_bytes_but_for_feedback_and_finish(method, text, tmp_path):
+    """The bundled model, whose layers are large enough to be shared among threads. (In error feedback a last digit
+    differs and becomes another code, in the finish it becomes another alpha.)"""
+    few = ["--text", text, "--samples", 2, "--method", method, "--feedback-passes", 0, "--finish-steps", 0]
     before = torch.get_num_threads()
     try:
         for n in (1, 2):
             torch.set_num_threads(n)
-            options = [
-                "--text",
-                text,
-                "--out",
-                tmp_path / str(n),
-                "--samples",
-                2,
-                "--method",
-                method,
-                "--feedback-passes",
-                0,
-            ]
-            assert call(main, *options).code == 0
+            assert call(main, *few, "--out", tmp_path / str(n)).code == 0
     finally:
         torch.set_num_threads(before)
     for shard in (tmp_path / "1").glob("*.safetensors"):
-        assert (tmp_path / "2" / shard.name).read_bytes() == shard.read_bytes()
+        assert (tmp_path / "2" / shard.name).read_bytes() == shard.read_bytes(), shard.name
