@@ -18,6 +18,7 @@ if __name__ == "__main__":
     import support.interrupt  # noqa: F401 (from here on Ctrl-C is one line)
 
 import argparse
+import math
 import platform
 import time
 from contextlib import contextmanager
@@ -189,19 +190,20 @@ def quantize_layers(
         weight = checkpoint.tensor(f"model.layers.{i}.{name}.weight").to(linear.weight.device)
 
         # the quantizer, with the switches of the method
-        quantizer = FlexBCQLinear(
-            weight,
-            settings.bits,
-            settings.group_size,
-            *WITH_GPTQ[settings.method],
-            n_ratios=settings.n_ratios,
-            n_rounds=settings.n_rounds,
-            importance=importance[name] if importance else None,
-            tau=settings.tau,
-            bias=linear.bias,
-            hessian=hessians[name] if hessians else None,
-            n_passes=settings.feedback_passes if hessians else 0,
-        )
+        with named(name):
+            quantizer = FlexBCQLinear(
+                weight,
+                settings.bits,
+                settings.group_size,
+                *WITH_GPTQ[settings.method],
+                n_ratios=settings.n_ratios,
+                n_rounds=settings.n_rounds,
+                importance=importance[name] if importance else None,
+                tau=settings.tau,
+                bias=linear.bias,
+                hessian=hessians[name] if hessians else None,
+                n_passes=settings.feedback_passes,
+            )
         if not settings.learn_shift:
             quantizer.shift.requires_grad_(False)
 
@@ -222,8 +224,9 @@ def pack_layers(quantizers: dict[str, FlexBCQLinear]) -> dict[str, BCQLinear]:
 
 
 def settle(block: Block, packed: dict[str, BCQLinear], x: Activations) -> float:
-    """Swap the layers for their bit-planes, on several processes those of the first: from here on the numbers are those
-    of the file. Writes the output over the original inputs, which nobody needs any more, and returns its error."""
+    """Replace the layers by their bit-planes (on several processes: those of the first). From here on the block
+    computes with the numbers in the file. Writes the output over the original inputs, which nobody needs any more, and
+    returns its error."""
     for name, layer in packed.items():
         parallel.agree(layer.state_dict().values())
         block.set_submodule(name, layer)
@@ -279,8 +282,8 @@ def train_block(
 
 
 def sent(rows: Tensor, device: torch.device) -> Tensor:
-    """The rows on the device; a GPU fetches them while it computes, if the host keeps them where they are."""
-    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
+    """The rows on the device. From pinned memory a GPU copies them while it computes."""
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
 
 
 @contextmanager
@@ -340,11 +343,13 @@ def quantize_block(
     # levels and codes to start with
     initializing = time.perf_counter()
     quantizers = quantize_layers(checkpoint, block, i, settings, importance, hessians, advance)
+    del hessians  # large, and training needs the memory
     for quantizer in quantizers.values():
         parallel.agree(quantizer.state_dict().values())  # GPUs do not add in the same order twice
     record = {"initializing": time.perf_counter() - initializing, "training": 0.0}
     record["loss_before"] = output_error(block, x.quantized, x.rope, x.target)
-    check_finite(torch.tensor([record["loss_before"]]))
+    if not math.isfinite(record["loss_before"]):
+        raise ValueError(f"the loss before training is {record['loss_before']}")
     advance(f"loss {record['loss_before']:.3e}")
 
     # training
@@ -418,7 +423,7 @@ def rehearse(checkpoint: Checkpoint, samples: Tensor, windows: Tensor, settings:
     """Everything once and small: the original on a few windows, and block 0 with four steps. Prints a plan of the run.
 
     What would fail after a day fails here: a wrong tokenizer, a block that does not fit into the memory of the GPU."""
-    paths(settings.device.type)  # kernels that are yet to be compiled are so now, not while the clock runs
+    paths(settings.device.type)  # compiles the kernels now, so that this is not part of the measured time
     n_blocks, vocab_size = checkpoint.config.num_hidden_layers, checkpoint.config.vocab_size
     few = windows[:4]
     value = perplexity(checkpoint, few, settings.device)
@@ -442,7 +447,8 @@ def rehearse(checkpoint: Checkpoint, samples: Tensor, windows: Tensor, settings:
     # the time of the whole run: of the steps the last two, one with a new mapping and one without
     per_step = (stamps[-1] - stamps[-3]) / 2 if settings.n_steps else 0
     per_sample = (record["seconds"] - record["initializing"] - record["training"]) / len(few)
-    per_block = record["initializing"] + per_sample * settings.samples + per_step * settings.n_steps
+    n_steps = settings.n_steps + 4 / 3 * settings.finish_steps  # each with one forward pass more
+    per_block = record["initializing"] + per_sample * settings.samples + per_step * n_steps
     peak, total = peak_and_total(settings.device)
     print(f"{settings.device}: {peak / 1e9:.1f} GB of {total / 1e9:.1f} GB at the peak")
     print(f"{n_blocks} blocks of {settings.n_steps} steps, {per_step:.3f} seconds each: ", end="")
@@ -526,7 +532,7 @@ def run(settings: Settings) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Quantize a Llama (a Hugging Face folder) and write it as a packed checkpoint folder.",
-        epilog="The training of a block follows the paper; what surrounds it is ours, and --paper leaves it out.",
+        epilog="The defaults add stages of our own to the paper's method; --paper sets all options to the paper's.",
     )
     preset = " ".join("--no-" + flag(k)[2:] if v is False else f"{flag(k)} {v}" for k, v in PAPER.items())
     parser.add_argument("--paper", action="store_const", const=PAPER, default={}, help=f"the paper's method: {preset}")

@@ -52,7 +52,7 @@ def run_blocks(
     x = checkpoint.embed(windows)
 
     n_blocks = checkpoint.config.num_hidden_layers
-    for i in tqdm(range(n_blocks), desc=f"perplexity {label}".strip(), unit="block", leave=False):
+    for i in tqdm(range(n_blocks), desc=label, unit="block", leave=False):
         block = checkpoint.block(i, device=device)
         if prepare is not None:
             prepare(block, i)
@@ -81,7 +81,7 @@ def perplexity(
     Raises ValueError if the loss is not a number."""
     own, loss = parallel.share(windows), 0.0
     if len(own):
-        x = run_blocks(checkpoint, own, device, prepare, label)
+        x = run_blocks(checkpoint, own, device, prepare, f"perplexity {label}".strip())
         head = checkpoint.head(device=device)
         for wanted, part in parts(own, x):
             logits = head(part.to(device))  # (n, vocab_size)
@@ -200,7 +200,7 @@ def answer(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: Evaluation, s
     if settings.task is not None or settings.cloze:
         mmlu, limit = settings.mmlu, settings.limit
         items = mmlu_items(mmlu, limit) if settings.task is None else read_items(settings.task, limit)
-        return answer_items(checkpoint, load_model(checkpoint, device), tokenizer, items)
+        return answer_items(checkpoint, load_model(checkpoint, device), tokenizer, items, seq_len)
 
     subjects(settings.mmlu)  # are there any?
     model = load_model(checkpoint, device)

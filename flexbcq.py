@@ -49,7 +49,7 @@ METHODS = {  # name -> (learn_mapping, learn_levels)
     "flexbcq": (True, True),
 }
 WITH_GPTQ = METHODS | {"gptq": METHODS["rtn"]}  # its other part is error feedback
-COLUMNS = 128  # of a weight, between two matrix products of error feedback
+COLUMNS = 128  # handled one by one before their errors go to all later ones by a matrix product
 
 
 # ------------------------------------------------------------------------------------------------ levels and mapping
@@ -508,21 +508,21 @@ class FlexBCQLinear(nn.Module):
 
     weight:        (out_features, in_features), kept in its dtype
     learn_mapping: scale, s_elem and s_row are parameters (as logarithms, from 0)
-    learn_levels:  alpha and shift are fitted at the start and parameters
+    learn_levels:  alpha and shift are fitted at the start and then trained
     n_ratios, n_rounds: as in `initialize`
     importance:    (in_features,), the mean or sum of squares of each input: the diagonal of the Hessian of the layer's
                    output error. None: all columns count alike
     tau:           as in `Quantize`
     bias:          (out_features,), added to the output as it is
-    hessian, n_passes: as in `feedback_passes`, which goes on from the initialization and leaves the weight in float32;
-                   0 passes: nearest codes
+    hessian, n_passes: as in `feedback_passes`, which goes on from the initialization and leaves the weight in float32.
+                   None: every weight takes the nearest level
     The codes are state that only `remap` changes, so `forward` is pure. Raises ValueError for n_bits outside 1..8, a
     group size that does not divide in_features, NaN, or a weight that fp16 cannot hold."""
 
     def __init__(
         self, weight: Tensor, n_bits: int, group_size: int = -1, learn_mapping: bool = True, learn_levels: bool = True,
         *, n_ratios: int = 10, n_rounds: int = 8, importance: Tensor | None = None, tau: float = 1.0,
-        bias: Tensor | None = None, hessian: Tensor | None = None, n_passes: int = 0,
+        bias: Tensor | None = None, hessian: Tensor | None = None, n_passes: int = 2,
     ):  # fmt: skip
         super().__init__()
         if n_bits not in range(1, 9):
@@ -551,7 +551,7 @@ class FlexBCQLinear(nn.Module):
         self.log_s_elem = nn.Parameter(torch.zeros_like(w, dtype=torch.float32)) if learn_mapping else None
         self.log_s_row = nn.Parameter(scale.new_zeros(weight.shape[0], 1)) if learn_mapping else None
         self.register_buffer("codes", nearest(self.v(), self.alpha, self.shift))
-        if n_passes:
+        if hessian is not None:
             self.feed_errors_back(hessian.float(), n_passes)
 
     @torch.no_grad()

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 @dataclass
 class LlamaConfig:
-    """The fields of `config.json` that decide what the model computes, under their Hugging Face names."""
+    """What decides the numbers: the first ten under their names in `config.json`, the others read from there by
+    `read_config`."""
 
     vocab_size: int
     hidden_size: int

@@ -50,7 +50,7 @@ ANSWERING = ["rtn", "gptq", "bcq", "flexround", "flexbcq"]  # methods that are a
 WINDOWS = 2  # of the test set, for the distance from the original
 LONGER_SAMPLES, LONGER_EPOCHS = 64, 4  # cells also run with more steps
 LONGER = f"--samples {LONGER_SAMPLES} --epochs {LONGER_EPOCHS}"
-ABLATED = "--samples 64"  # on the bundled model: a minute or two a run
+ABLATED = "--samples 64"  # on the bundled model: two or three minutes a run
 ABLATED_BITS = (2, 3)
 
 PUBLISHED = [
@@ -410,8 +410,8 @@ named here, kept in `experiments/results.json`.
 
 SmolLM2-135M-Instruct (30 blocks, 106 million weights quantized; the copy at hand was a 4-bit GGUF file, widened to
 bf16) on WikiText-2: perplexity on the first {first["eval_windows"]} windows of 2,048 tokens of the test set, its rows
-joined by blank lines as GPTQ's loader does it. Calibrated on the validation set, every method on the same samples (rtn
-needs none):
+joined by blank lines as GPTQ's loader does it (and `--text wikitext2`). Calibrated on the validation set, every method
+on the same samples (rtn needs none):
 
     python calibrate.py --model smollm2 --text wiki.valid.tokens --eval-text {TEXT} \\
         {SETTING} {FEW}\\
@@ -445,8 +445,8 @@ What a run costs in processor time, checks and evaluation included:
 
 {task_section(store)}## What each part of FlexBCQ contributes
 
-On the bundled model, one switch changed at a time: `python calibrate.py {ABLATED} --bits BITS SWITCH`, a minute or two
-each. Perplexity, and how much higher it is than the default's. The original has
+On the bundled model, one switch changed at a time: `python calibrate.py {ABLATED} --bits BITS SWITCH`, two or three
+minutes each. Perplexity, and how much higher it is than the default's. The original has
 {bundled[0]["perplexity"]["original"]:.2f}, rtn {" and ".join(f"{run['perplexity']['rtn']:.2f}" for run in bundled)}.
 The rows of chance change the seed only: smaller differences than theirs are noise. `--n-rounds 0` starts from rtn's
 levels, with an integer zero-point.

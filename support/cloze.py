@@ -86,20 +86,20 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, first: in
     known = encode_prompt(tokenizer, context) if context else []
     ids = encode_prompt(tokenizer, context + continuation)
     if not known:
-        ids, known = [first, *ids], [first]
+        ids, known = ids if ids[0] == first else [first, *ids], [first]  # some tokenizers begin with it
     return ids, min(len(known), len(ids) - 1)
 
 
 def answers(
-    checkpoint: Checkpoint, model: Llama, tokenizer: Tokenizer, items: list[dict]
+    checkpoint: Checkpoint, model: Llama, tokenizer: Tokenizer, items: list[dict], max_length: int = 2048
 ) -> Iterator[tuple[bool, bool, bool]]:
     """For each item: right? Right by the log-probability for each character (equal where there are no choices)? And
-    has it lost its beginning, since it does not fit into the model's context?
+    has it lost its beginning, since it is longer than max_length tokens?
 
     Raises ValueError if the tokenizer belongs to another model."""
     bos = checkpoint.raw_config.get("bos_token_id")
     first = bos if isinstance(bos, int) else (checkpoint.eos_ids() or (0,))[0]
-    max_length = checkpoint.config.max_position_embeddings
+    max_length = min(max_length, checkpoint.config.max_position_embeddings)
     too_long = []  # by how many tokens, of each pair
 
     def encoded() -> Iterator[tuple[list[int], int]]:
@@ -125,10 +125,10 @@ def answers(
             yield best == gold, max(range(len(texts)), key=by_character.__getitem__) == gold, is_cut
 
 
-def answer_items(checkpoint: Checkpoint, model: Llama, tokenizer: Tokenizer, items: list[dict]) -> str:
+def answer_items(checkpoint: Checkpoint, model: Llama, tokenizer: Tokenizer, items: list[dict], max_length: int) -> str:
     """One line: accuracy with its standard error, and for answers by choice acc_norm."""
     right = right_norm = cut = 0
-    bar = tqdm(answers(checkpoint, model, tokenizer, items), total=len(items), unit="item", leave=False)
+    bar = tqdm(answers(checkpoint, model, tokenizer, items, max_length), total=len(items), unit="item", leave=False)
     for n, (is_right, is_right_norm, is_cut) in enumerate(bar, 1):
         right += is_right
         right_norm += is_right_norm

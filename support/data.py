@@ -49,10 +49,15 @@ def read_text(path: str | Path) -> str:
     return text
 
 
+def is_named(path: Path | None) -> bool:
+    """Whether this is a text of `hub.TEXTS`; a file of that name wins."""
+    return str(path) in TEXTS and not path.is_file()
+
+
 def load_text(path: Path | None, held_out: bool) -> tuple[str, str]:
     """A text and its name: the file, a text of `hub.TEXTS`, or the standard library's training or held-out files if
     `path` is None."""
-    if str(path) in TEXTS and not path.exists():
+    if is_named(path):
         held_out_split = "test" if str(path) == "wikitext2" else "validation"
         return named_text(str(path), held_out), f"{path}, {held_out_split if held_out else 'training'} split"
     if path is not None:
@@ -167,7 +172,7 @@ def load_texts(checkpoint: Checkpoint, settings: Settings) -> tuple[Tensor, Tens
     seq_len, eval_seq_len = settings.seq_len, settings.eval_seq_len
 
     text, name = load_text(settings.text, held_out=False)
-    if str(settings.text) in TEXTS and not settings.eval_text:
+    if is_named(settings.text) and not settings.eval_text:
         eval_text, eval_name = load_text(settings.text, held_out=True)
     elif settings.text and not settings.eval_text:
         split = len(text) * 9 // 10

@@ -6,9 +6,10 @@ EfficientQAT, Chen et al. 2025, but towards the original's logits). The loss is 
 
     KL = mean over tokens of  sum_v p_v (log p_v - log q_v)      p: the original's probabilities, q: those of the model
 
-In memory are all blocks with a byte for each weight and 4 (n_bits + 1) floats for each group; of a step, the input of
-every block for one sequence, and one block with its activations: the forward pass keeps no graph, and the backward pass
-computes each block once more.
+In memory are the head and all blocks, with a byte for each weight and 5 (n_bits + 1) floats for each group (parameters,
+gradients, two moments, the best so far); of a step, the input of every block for one sequence, and one block with its
+activations: the forward pass keeps no graph, and the backward pass computes each block once more. The host holds what
+the head of the original gets: 4 bytes for each token of the samples and hidden unit.
 """
 
 import math
@@ -110,10 +111,10 @@ def step(blocks: list[Block], head: nn.Module, x: Tensor, original: Tensor, rope
 
     # from the last block to the first: compute it again, this time with a graph, and pass the gradient on
     gradient = last.grad
-    for block, x in zip(reversed(blocks), reversed(inputs)):
-        x.requires_grad_()
-        block(x, *rope).backward(gradient)
-        gradient = x.grad
+    for block, state in zip(reversed(blocks), reversed(inputs)):
+        state.requires_grad_()
+        block(state, *rope).backward(gradient)
+        gradient = state.grad
 
 
 @torch.no_grad()
@@ -140,13 +141,13 @@ def train_levels(
     checkpoint: the original; blocks: all of the quantized model, on the device
     samples, held_out: (samples, seq_len) int64, the shares of this process; a step takes its share of --batch-size, in
     order
-    Of the states at the start and after each quarter of the steps, the best on held_out stays: never worse than before.
-    Returns their divergences."""
+    Of the states at the start and after each quarter of the steps, the best on held_out stays: never worse than before,
+    but for the rounding to fp16. Returns their divergences."""
     device = settings.device
     rope, head = rope_tables(checkpoint.config, samples.shape[1], device), checkpoint.head(device=device)
     ids, sizes = torch.cat((held_out, samples)), (len(held_out), len(samples))
-    x_held_out, x = checkpoint.embed(ids).split(sizes)
-    target_held_out, target = run_blocks(checkpoint, ids, device).split(sizes)
+    x_held_out, table = checkpoint.embed(held_out), checkpoint.embedding(None)
+    target_held_out, target = run_blocks(checkpoint, ids, device, label="original").split(sizes)
 
     thetas = [layer.theta for block in blocks for _, layer in swap(block, BCQLinear, FixedCodesLinear)]
     optimizer = torch.optim.Adam(thetas, lr=settings.finish_rate, betas=(0.9, 0.95), fused=True)
@@ -162,7 +163,9 @@ def train_levels(
     for t in (bar := tqdm(range(n), desc="finish", unit="step")):
         for place in range(n_places):
             i = (t * n_places + place) % len(samples)
-            step(blocks, head, x[i : i + 1].to(device), target[i].to(device), rope)
+            step(blocks, head, table(samples[i : i + 1]).float().to(device), target[i].to(device), rope)
+        for theta in thetas:
+            theta.grad /= n_places
         parallel.average(theta.grad for theta in thetas)
         optimizer.step()
         optimizer.zero_grad()
@@ -173,7 +176,8 @@ def train_levels(
             losses.append(measure())
             bar.set_postfix_str(f"divergence {losses[0]:.4f} -> {losses[-1]:.4f}")
             if losses[-1] < min(losses[:-1]):
-                best = [theta.detach().clone() for theta in thetas]
+                for kept, theta in zip(best, thetas):
+                    kept.copy_(theta.detach())
 
     with torch.no_grad():
         for theta, kept in zip(thetas, best):

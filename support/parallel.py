@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def own_device(device: str) -> str:
-    """The device of this process: of the GPUs of its machine that of its number, whichever was asked for."""
+    """The device of this process. Process k of a machine takes GPU k, whichever GPU was asked for."""
     if dist.is_torchelastic_launched() and device.partition(":")[0] == "cuda":
         return f"cuda:{os.environ['LOCAL_RANK']}"
     return device
@@ -73,8 +73,8 @@ class Draws:
     batch_size, ... Processes that divide the places among them therefore draw together what a single process draws."""
 
     def __init__(self, n_samples: int, batch_size: int, epochs: int, seed: int, device: str | torch.device = "cpu"):
-        """n_samples: those of this process; batch_size: of all processes together; device: where the numbers are drawn,
-        a CPU and a GPU other ones"""
+        """n_samples: those of this process; batch_size: of all processes together; device: where the numbers are drawn
+        (a CPU and a GPU draw different ones)"""
         seeds = [seed * batch_size + place for place in range(rank(), batch_size, world())]
         self.generators = [torch.Generator().manual_seed(s) for s in seeds]  # for the samples, which are on the host
         on_host = torch.device(device).type == "cpu"

@@ -21,7 +21,7 @@ from support.command import check_device, named
 from support.data import resolve_seq_len
 from support.hub import model_folder
 from support.resume import check_out, partial_folder
-from support.settings import TINY, Settings
+from support.settings import HELD_OUT, TINY, Settings
 
 EPOCHS, QUICK_EPOCHS = 20, 1  # of the paper; of the bundled model, less than three minutes on two CPU cores
 
@@ -118,23 +118,30 @@ def check_space(checkpoint: Checkpoint, settings: Settings, weights: int, bits: 
 
     weights, bits: as `check_layers` returns them"""
     config = checkpoint.config
+    n_blocks = config.num_hidden_layers
 
     # the new files, without those left by an interrupted run that we continue
     stored = checkpoint.file_size()
     if not settings.dequantized:
-        stored += config.num_hidden_layers * weights * bits / 8 - checkpoint.n_bytes(is_quantized)
+        stored += n_blocks * weights * bits / 8 - checkpoint.n_bytes(is_quantized)
         if settings.head_bits:
             head = bits_per_weight(settings.head_bits, config.hidden_size) / 8
             stored += n_head_weights(checkpoint) * head - checkpoint.n_bytes(is_head)
-    already_there = sum(file.stat().st_size for file in partial_folder(settings.out).glob("*"))
+    if settings.finish_steps:  # writes the blocks again before it deletes those from before
+        stored += n_blocks * weights * (16 if settings.dequantized else bits) / 8
+    already_there = sum(file.stat().st_size for file in partial_folder(settings.out).glob("*.safetensors"))
     needs = {f"--out {settings.out}": (stored - already_there, shutil.disk_usage(settings.out.parent).free)}
 
-    # three sets of activations in bf16
-    activations = 3 * 2 * settings.samples * settings.seq_len * config.hidden_size
+    # three sets of activations in bf16; after them, for the finish, one in float32
+    token = settings.seq_len * config.hidden_size
+    activations = 3 * 2 * settings.samples * token
     if settings.offload:
         needs[f"--offload {settings.offload}"] = activations, shutil.disk_usage(settings.offload).free
     else:
         needs[f"--samples {settings.samples}, activations in memory"] = activations, psutil.virtual_memory().total
+    if settings.finish_steps:
+        states = 4 * (HELD_OUT + settings.finish_steps * settings.batch_size) * token
+        needs[f"--finish-steps {settings.finish_steps}, states in memory"] = states, psutil.virtual_memory().total
 
     for name, (needed, available) in needs.items():
         check_one(name, needed, available)
@@ -163,9 +170,10 @@ def check_finish(checkpoint: Checkpoint, settings: Settings, weights: int) -> Se
         return settings
     config = checkpoint.config
     group_size = config.hidden_size if settings.group_size == -1 else settings.group_size
-    per_weight = 1 + 16 * (settings.bits + 1) / group_size  # a code; four floats for each alpha and shift
+    per_weight = 1 + 20 * (settings.bits + 1) / group_size  # a code; five floats for each alpha and shift
     needed = config.num_hidden_layers * weights * per_weight
-    needed += 4 * config.num_hidden_layers * settings.seq_len * config.hidden_size
+    needed += 4 * config.num_hidden_layers * settings.seq_len * config.hidden_size  # inputs of all blocks
+    needed += 4 * config.vocab_size * config.hidden_size  # the head
     total = peak_and_total(settings.device)[1]
 
     print(f"--finish-steps {settings.finish_steps}: {needed / 1e9:.3f} GB of {total / 1e9:.1f} GB, beside one block")
@@ -206,7 +214,7 @@ def is_head(name: str) -> bool:
 
 
 def n_head_weights(checkpoint: Checkpoint) -> int:
-    """Of embedding and lm_head; a tensor that serves both counts once."""
+    """Number of weights in embedding and lm_head; a tensor that serves both counts once."""
     return len(checkpoint.head_names) * checkpoint.config.vocab_size * checkpoint.config.hidden_size
 
 
@@ -220,7 +228,8 @@ def print_table(
 ) -> None:
     """A line per model: perplexity, stored bits per quantized weight, size of the weight files. weights: in a block
 
-    Of embedding and lm_head, if they are quantized, a line below; the baselines have them as they were."""
+    If embedding and lm_head are quantized, a line below says how large they are. The perplexity of rtn is with the
+    original ones, its size with the quantized ones."""
     print(f"\n{'':20}{'perplexity':>12}{'bits per weight':>18}{'files':>12}")
     for name, value in perplexities.items():
         checkpoint = source if name == "original" else written
@@ -240,7 +249,7 @@ def plot(records: list[dict], title: str, path: Path) -> None:
     axes = figure.subplots()
     blocks = range(1, len(records) + 1)
     axes.semilogy(blocks, [r["loss_before"] for r in records], "o--", color="#D55E00", label="before training")
-    axes.semilogy(blocks, [r["loss_after"] for r in records], "s-", color="#0072B2", label="as written")
+    axes.semilogy(blocks, [r["loss_after"] for r in records], "s-", color="#0072B2", label="after training")
     axes.set(xlabel="block", ylabel="mean squared error of the block's output", title=title)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()

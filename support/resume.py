@@ -157,7 +157,7 @@ def finished_blocks_kept(partial: Path) -> Iterator[None]:
         if n:
             kept = f"{partial} keeps {n} finished {'block' if n == 1 else 'blocks'}"
             # a ValueError would come again
-            error.add_note(kept if isinstance(error, ValueError) else f"{kept}: the same command goes on from there")
+            error.add_note(kept if isinstance(error, ValueError) else f"{kept}: the same command resumes there")
         else:
             shutil.rmtree(partial, ignore_errors=True)
         raise

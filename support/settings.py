@@ -21,7 +21,7 @@ TINY = Path(__file__).parent.parent / "models" / "tiny"
 METAVAR = {int: "N", float: "X", Path: "PATH"}
 FOUND = "cuda if there is one, else cpu"
 HELD_OUT = 8  # samples that decide which state the finish keeps
-PAPER = {  # what sets every departure of ours back
+PAPER = {  # what sets every option back to the paper's
     "n_ratios": 50,
     "n_rounds": 15,
     "level_rate": 5e-4,
@@ -87,7 +87,7 @@ class Settings:
     learn_shift: bool = switch(True, "train the shift like alpha")
     original_input: float = switch(0.5, "share of a block's inputs taken from the original model in training", 0, 1)
     n_ratios: int = switch(10, "clipping ratios that the initialization tries", 1)
-    n_rounds: int = switch(8, "rounds of alternating update per ratio (0: keep uniform levels, like rtn)", 0)
+    n_rounds: int = switch(8, "rounds of alternating update per ratio (0: start from uniform levels, like rtn)", 0)
     importance: bool = switch(True, "weight the errors of the initialization by the inputs of each layer")
     feedback_passes: int | None = switch(
         None, "passes of error feedback after the initialization", 0, shown="2 for bcq and flexbcq, 1 for gptq, else 0"
@@ -95,7 +95,7 @@ class Settings:
     finish_steps: int | None = switch(
         None, "steps of end-to-end training of all alpha and shift at the end", 0, shown="128 for flexbcq, else 0"
     )
-    finish_rate: float = switch(1e-3, "their learning rate, in units of each group's mean alpha", 0, 1)
+    finish_rate: float = switch(1e-3, "learning rate of the finish, in units of each group's mean alpha", 0, 1)
 
     text: Path | None = files(
         None, "UTF-8 file to calibrate on, or wikitext2 or c4 (training split)", shown="the Python standard library"
@@ -124,6 +124,10 @@ class Settings:
             raise ValueError("--method rtn --feedback-passes: rtn with error feedback is --method gptq")
         if self.method == "gptq" and not self.feedback_passes:
             raise ValueError("--method gptq --feedback-passes 0: gptq without error feedback is --method rtn")
+        if self.feedback_passes > 1 and not WITH_GPTQ[self.method][1]:
+            raise ValueError(
+                f"--feedback-passes {self.feedback_passes}: the levels of {self.method} are fixed, one will do"
+            )
         if self.finish_steps and not WITH_GPTQ[self.method][1]:
             raise ValueError(f"--finish-steps {self.finish_steps}: the levels of {self.method} are not trained")
 

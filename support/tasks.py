@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from kernel import BCQLinear
+from kernel import BCQEmbedding, BCQLinear
 from llama import KVCache, Llama
 from support.checkpoint import Checkpoint
 from support.data import encode_prompt, read_text
@@ -220,7 +220,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> Llama:
     if on_gpu:
         return model
     for name, packed in list(model.named_modules()):
-        if isinstance(packed, BCQLinear):
+        if isinstance(packed, BCQLinear) and not isinstance(packed, BCQEmbedding):
             linear = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
             linear.weight = nn.Parameter(packed.dequantize(), requires_grad=False)
             linear.bias = packed.bias

@@ -239,3 +239,8 @@ def test_rtn_with_error_feedback_goes_by_its_name():
     with pytest.raises(ValueError, match="--method rtn"):
         Settings(method="gptq", feedback_passes=0)
     assert [Settings(method=m).feedback_passes for m in ("rtn", "gptq", "flexbcq")] == [0, 1, 2]
+
+
+def test_a_second_pass_needs_levels_that_can_be_fitted():
+    with pytest.raises(ValueError, match="levels of gptq are fixed"):
+        Settings(method="gptq", feedback_passes=2)

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from helpers import call, edit_config, edit_tensors
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from eval import main
@@ -138,3 +139,11 @@ def test_a_folder_gives_the_first_of_each_file(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(KINDS["pairs"]()) for _ in range(5)))
     assert len(read_items(tmp_path, limit=2)) == 4
+
+
+def test_a_text_without_context_begins_once(model):
+    """With a tokenizer that begins every text by itself, as Llama's do, and with one that does not."""
+    tokenizer = load_tokenizer(model)
+    ids, n = encode_pair(tokenizer, "", "def read", first=1)
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    assert encode_pair(tokenizer, "", "def read", first=1) == (ids, n) and (ids.count(1), n) == (1, 1)

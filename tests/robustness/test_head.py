@@ -18,6 +18,7 @@ from support import plan, resume
 from support.checkpoint import Checkpoint
 from support.data import cut, load_tokenizer, read_text, tokenize
 from support.settings import TINY, Settings
+from support.tasks import load_model
 
 VOCABULARY = 2049  # one row beyond a tile
 QUICK = ["--method", "rtn", "--bits", 4, "--group-size", 32, "--samples", 4, "--no-baselines", "--head-bits", 6]
@@ -176,3 +177,12 @@ def test_weight_that_fp16_cannot_hold_is_refused_before_the_run(model, text, tmp
     result = call(calibrate.main, "--model", folder, "--text", text, "--out", tmp_path / "out", *QUICK)
     assert result.code == 2 and f"{name.removesuffix('.weight')}: its largest weight" in result.err
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_quantized_head_answers_tasks(packed, tmp_path):
+    """The model that answers holds the dequantized layers, and its embedding is still looked up."""
+    checkpoint = Checkpoint(packed)
+    model, ids = load_model(checkpoint, torch.device("cpu")), torch.arange(20)[None]
+    torch.testing.assert_close(model(ids), checkpoint.model()(ids), rtol=1e-4, atol=1e-4)
+    (tmp_path / "pair.jsonl").write_text(json.dumps({"sentence_good": "def f(x):", "sentence_bad": "def def"}))
+    assert "accuracy" in call(eval.main, "--model", packed, "--task", tmp_path / "pair.jsonl").out
