@@ -393,7 +393,7 @@ def test_a_loss_that_is_not_finite_names_the_block(i, toy, text, tmp_path):
     put(f"model.layers.{i}.post_attention_layernorm.weight", 1e18)(model)  # its square is beyond float32
     options = [*FEW_STEPS, "--feedback-passes", "0"]  # error feedback would notice the inputs
     result = call(calibrate.main, "--model", model, "--text", text, "--out", tmp_path / "out", *options)
-    assert result.code == 2 and f"error: model.layers.{i}: the loss is" in result.err, result.err
+    assert result.code == 2 and f"error: model.layers.{i}: the loss before training is" in result.err, result.err
     assert (tmp_path / "out.partial").exists() == bool(i)  # what is finished is kept
 
 

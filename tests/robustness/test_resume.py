@@ -75,7 +75,7 @@ def test_interrupted_run_keeps_its_blocks_and_says_how_to_go_on(half):
     folder, result = half
     last = result.err.strip().splitlines()[-1]
     assert result.code == 130 and last.startswith("error: interrupted; ")
-    assert last.endswith("out.partial keeps 1 finished block: the same command goes on from there")
+    assert last.endswith("out.partial keeps 1 finished block: the same command resumes there")
     assert [path.name for path in folder.iterdir()] == ["out.partial"]
 
 
@@ -281,7 +281,7 @@ def test_disk_that_fills_up_ends_with_one_line_and_goes_on_when_there_is_space(d
         result = call(main, *command(toy, text, disk / "out"))
     last = result.err.strip().splitlines()[-1]
     assert result.code == 2 and "could not write" in last and "No space left on device" in last
-    assert last.endswith("keeps 1 finished block: the same command goes on from there")
+    assert last.endswith("keeps 1 finished block: the same command resumes there")
     (disk / "ballast").unlink()
     assert call(main, *command(toy, text, disk / "out")).code == 0
     assert contents(disk / "out") == contents(whole[()])
