@@ -47,7 +47,7 @@ def run_blocks(
     checkpoint: Checkpoint, windows: Tensor, device="cpu", prepare: Callable[[Block, int], None] | None = None, label=""
 ) -> Tensor:
     """All windows, (n_windows, seq_len) int64, through one block after the other: (n_windows, seq_len, hidden_size),
-    float32 on the CPU. prepare, label: as in `perplexity`."""
+    float32 on the CPU. prepare: as in `perplexity`; label: of the progress bar."""
     cos, sin = rope_tables(checkpoint.config, windows.shape[1], device)
     x = checkpoint.embed(windows)
 

@@ -146,7 +146,8 @@ def train_levels(
     device = settings.device
     rope, head = rope_tables(checkpoint.config, samples.shape[1], device), checkpoint.head(device=device)
     ids, sizes = torch.cat((held_out, samples)), (len(held_out), len(samples))
-    x_held_out, table = checkpoint.embed(held_out), checkpoint.embedding(None)
+    table = checkpoint.embedding(None)  # in its dtype; rows become float32 when they are looked up
+    x_held_out = table(held_out).float()
     target_held_out, target = run_blocks(checkpoint, ids, device, label="original").split(sizes)
 
     thetas = [layer.theta for block in blocks for _, layer in swap(block, BCQLinear, FixedCodesLinear)]
