@@ -16,8 +16,9 @@ STORE, PAGE = ROOT / "experiments" / "results.json", ROOT / "RESULTS.md"
 PLOT, PEERS = ROOT / "docs" / "ablation.png", ROOT / "docs" / "perplexity.png"
 TEXT = "wiki.test.joined.txt"  # the rows of the published test set, joined by blank lines
 SAMPLES, EPOCHS = 24, 2  # of a run on SmolLM2: their product is the number of steps a block
-SETTING = f"--samples {SAMPLES} --seq-len 512 --epochs {EPOCHS} --eval-seq-len 2048"  # on SmolLM2
-FEW, WHOLE = "--eval-windows 8 ", ""  # windows of the test set
+EVAL_SEQ_LEN = 2048
+SETTING = f"--samples {SAMPLES} --seq-len 512 --epochs {EPOCHS} --eval-seq-len {EVAL_SEQ_LEN}"  # on SmolLM2
+FEW = "--eval-windows 8"  # windows of the test set
 CELLS = [(bits, group_size) for group_size in (64, -1) for bits in (3, 4, 2)]
 MAIN = (3, 64)  # the cell that the original is measured with
 METHODS = {  # column -> options
@@ -30,15 +31,14 @@ METHODS = {  # column -> options
 }
 UNIFORM = {"rtn", "gptq", "flexround"}  # could be stored with a scale and a zero-point for each group
 SEEDS = ["--seed 1", "--seed 2"]  # besides 0, of the main cell
+SEEDED = ["bcq", "flexbcq"]  # methods that run with them: ours and the one next to it
 STAGED = [MAIN, (2, 64)]  # cells whose stages are switched off one by one
 STAGES = {  # name -> method and switch
-    "blocks alone": ("flexbcq", "--feedback-passes 0 --finish-steps 0"),
     "feedback alone": ("bcq", ""),
     "feedback, blocks": ("flexbcq", "--finish-steps 0"),
-    "blocks, finish": ("flexbcq", "--feedback-passes 0"),
     "feedback, finish": ("bcq", "--finish-steps 128"),
+    "blocks, finish": ("flexbcq", "--feedback-passes 0"),
     "all three": ("flexbcq", ""),
-    "with a longer finish": ("flexbcq", "--finish-steps 256"),
 }
 TASKS = {  # name -> file or folder, and how many items of each file are asked, the first
     "BLiMP": ("blimp", 20),
@@ -61,9 +61,9 @@ PUBLISHED = [
 ]  # from the papers of these methods
 
 
-def options(method: str, bits: int, group_size: int, windows: str = FEW, switch: str = "") -> str:
+def options(method: str, bits: int, group_size: int, switch: str = "") -> str:
     """The command line of a run on SmolLM2, which is also its name in the store."""
-    return f"{SETTING} {windows}{METHODS[method]} --bits {bits} --group-size {group_size} {switch}".strip()
+    return f"{SETTING} {FEW} {METHODS[method]} --bits {bits} --group-size {group_size} {switch}".strip()
 
 
 def ablation(bits: int, switch: str = "") -> str:
@@ -102,10 +102,14 @@ def wanted(with_model: bool = True) -> list[str]:
         return bundled
 
     table = [options(method, *cell) for cell in CELLS for method in METHODS]
-    stages = [options(method, *cell, FEW, stage) for method, stage in STAGES.values() if stage for cell in STAGED]
-    seeds = [options(method, *MAIN, FEW, seed) for seed in SEEDS for method in METHODS if method != "rtn"]
-    whole = [options("rtn", *MAIN, WHOLE), *(options("flexbcq", *cell, WHOLE) for cell in CELLS)]
-    return table + bundled + stages + whole + seeds + [options("flexbcq", *MAIN, FEW, LONGER)]
+    stages = [options(method, *cell, stage) for method, stage in STAGES.values() if stage for cell in STAGED]
+    seeds = [options(method, *MAIN, seed) for seed in SEEDS for method in SEEDED]
+    return table + bundled + stages + seeds + [options("flexbcq", *MAIN, LONGER)]
+
+
+def whole() -> list[str]:
+    """The runs whose result is also measured on the whole test set."""
+    return [options("flexbcq", *cell) for cell in CELLS]
 
 
 # --------------------------------------------------------------------------------------------------------- writing it
@@ -123,12 +127,11 @@ def perplexity(runs: dict, chosen: str, model: str) -> float | None:
 
 
 def values(runs: dict, cell: tuple[int, int]) -> dict[str, list[float]]:
-    """Perplexities of a row of the table, by method: one for each seed that all methods were measured with. rtn draws
-    nothing at random and has one value."""
-    complete = [s for s in SEEDS if all(options(m, *cell, FEW, s) in runs for m in METHODS if m != "rtn")]
+    """Perplexities of a row of the table, by method: one for each seed that all SEEDED were measured with."""
+    complete = [seed for seed in SEEDS if all(options(method, *cell, seed) in runs for method in SEEDED)]
     by_method = {}
     for method in METHODS:
-        measured = [perplexity(runs, options(method, *cell, FEW, seed), method) for seed in ("", *complete)]
+        measured = [perplexity(runs, options(method, *cell, seed), method) for seed in ("", *complete)]
         by_method[method] = [value for value in measured if value is not None]
     return by_method
 
@@ -202,7 +205,7 @@ def stage_table(runs: dict) -> str:
     """Start, blocks and finish switched off in turn, seed 0."""
     rows = [("perplexity", "options", *(name_of(*cell) for cell in STAGED))]
     for name, (method, stage) in (STAGES | {"with longer blocks": ("flexbcq", LONGER)}).items():
-        measured = [perplexity(runs, options(method, *cell, FEW, stage), method) for cell in STAGED]
+        measured = [perplexity(runs, options(method, *cell, stage), method) for cell in STAGED]
         if any(measured):
             switch = f"`{METHODS[method]} {stage}`".replace(" `", "`")
             rows.append((name, switch, *(rounded(x) if x else "" for x in measured)))
@@ -213,10 +216,9 @@ def whole_table(runs: dict) -> str:
     """flexbcq on the whole test set, as far as it is measured."""
     rows = [("perplexity, whole test set", "bits per weight", "flexbcq")]
     for cell in sorted(CELLS, reverse=True):
-        chosen = options("flexbcq", *cell, WHOLE)
-        if chosen in runs:
-            bits = f"{runs[chosen]['bits_per_weight']:.2f}"
-            rows.append((name_of(*cell), bits, rounded(perplexity(runs, chosen, "flexbcq"))))
+        run = runs.get(options("flexbcq", *cell), {})
+        if "whole" in run:
+            rows.append((name_of(*cell), f"{run['bits_per_weight']:.2f}", rounded(run["whole"])))
     return lines(*rows) + "\n\n" if rows[1:] else ""
 
 
@@ -397,8 +399,7 @@ def markdown(store: dict) -> str:
     runs, step = store["runs"], store["step"]
     first, bundled = runs[options("rtn", *MAIN)], [runs[ablation(bits)] for bits in ABLATED_BITS]
     machines = sorted({run["machine"] for run in runs.values()})
-    few, whole = (perplexity(runs, options("rtn", *MAIN, windows), "original") for windows in (FEW, WHOLE))
-    on_all = f" ({whole:.2f} on the whole test set)" if whole else ""
+    on_all = f" ({store['whole']:.2f} on the whole test set)" if "whole" in store else ""
     picture = "![Perplexity against the period and the threshold of filtering; how far codes moved](docs/ablation.png)"
     picture *= is_ablated(runs)
     missing = len([chosen for chosen in wanted() if chosen not in runs])
@@ -414,7 +415,7 @@ joined by blank lines as GPTQ's loader does it (and `--text wikitext2`). Calibra
 on the same samples (rtn needs none):
 
     python calibrate.py --model smollm2 --text wiki.valid.tokens --eval-text {TEXT} \\
-        {SETTING} {FEW}\\
+        {SETTING} {FEW} \\
         --method METHOD --bits BITS --group-size SIZE
 
 A block is trained for {EPOCHS * SAMPLES} steps of one sequence of 512 tokens. That is 2 % of the paper's 2,560, on
@@ -431,7 +432,7 @@ brackets those that a uniform method takes in a format of its own.
 
 {main_table(runs)}
 
-The original has {few:.2f}{on_all}.
+The original has {first["perplexity"]["original"]:.2f}{on_all}.
 
 ![Perplexity against stored bits per weight](docs/perplexity.png)
 

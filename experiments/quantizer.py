@@ -15,6 +15,7 @@ from flexbcq import FlexBCQLinear, initialize
 from kernel import columns_per_group
 from support.command import guarded
 from support.plan import peak_bytes
+from support.settings import Settings
 
 
 def measure_initialization(n_ratios: int, size: int, n_bits: int, group_size: int) -> tuple[float, float]:
@@ -22,7 +23,7 @@ def measure_initialization(n_ratios: int, size: int, n_bits: int, group_size: in
     weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).view(-1, group_size)
     initialize(weight[:64], n_bits, 1, 1)  # load the libraries
     before, start = peak_bytes(), time.perf_counter()
-    initialize(weight, n_bits, n_ratios, 15)
+    initialize(weight, n_bits, n_ratios, Settings.n_rounds)
     return time.perf_counter() - start, (peak_bytes() - before) / size**2
 
 

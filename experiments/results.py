@@ -56,13 +56,14 @@ def measure(chosen: str, model: Path | None, data: Path | None, tasks: Path | No
     command = ["calibrate.py", "--device", device]
     if chosen.startswith(page.SETTING):
         command += ["--model", model, "--text", data / "wiki.valid.tokens", "--eval-text", data / page.TEXT]
-    with_original = chosen in (*page.required(), page.options("rtn", *page.MAIN, page.WHOLE))
-    command += [*chosen.split(), "--baselines" if with_original else "--no-baselines"]
+    command += [*chosen.split(), "--baselines" if chosen in page.required() else "--no-baselines"]
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         call([*command, "--out", out], threads)
         record = kept(json.loads((out / "calibration.json").read_text()), machine(device, threads))
+        if chosen in page.whole():
+            record["whole"] = measure_whole(out, data, device, threads)
         if tasks and chosen in page.answering():
             record["tasks"] = measure_tasks(out, model, data, tasks, device, threads)
     return record
@@ -79,6 +80,12 @@ def kept(report: dict, measured_on: str) -> dict:
     return record | {"machine": measured_on}
 
 
+def measure_whole(folder: Path, data: Path, device: str, threads: int) -> float:
+    """Perplexity on the whole test set, as eval.py prints it."""
+    command = ["eval.py", "--model", folder, "--text", data / page.TEXT, "--seq-len", page.EVAL_SEQ_LEN]
+    return float(call([*command, "--device", device], threads).split()[1])
+
+
 def measure_tasks(folder: Path, original: Path | None, data: Path, tasks: Path, device: str, threads: int) -> dict:
     """What `experiments.tasks` finds, in a process of its own."""
     against = ["--against", original] if original else []
@@ -88,14 +95,15 @@ def measure_tasks(folder: Path, original: Path | None, data: Path, tasks: Path, 
         return json.loads((Path(temporary) / "tasks.json").read_text())
 
 
-def call(command: list, threads: int) -> None:
-    """Run a program of this repository. Raises OSError with the last line it printed if it fails."""
+def call(command: list, threads: int) -> str:
+    """Run a program of this repository; returns what it prints. Raises OSError with its last line if it fails."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, *map(str, command)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=page.ROOT)
     if done.returncode:
         *_, last = "no error message", *done.stderr.strip().splitlines()
         raise OSError(f"{' '.join(command[1:])}: exit code {done.returncode}, {last}")
+    return done.stdout
 
 
 def measure_step(model: Path, device: str) -> dict[str, float]:
@@ -153,6 +161,10 @@ def measure_all(
         step, digest = measure_step(model, device), hashlib.sha256((data / page.TEXT).read_bytes()).hexdigest()
         with changing_store() as store:
             store |= {"step": step, "sha256": digest}
+    if model and "whole" not in store:
+        found = measure_whole(model, data, device, threads)
+        with changing_store() as store:
+            store["whole"] = found
     if model and tasks and "tasks" not in store:
         found = measure_tasks(model, None, data, tasks, device, threads)
         with changing_store() as store:

@@ -128,7 +128,7 @@ def check_space(checkpoint: Checkpoint, settings: Settings, weights: int, bits: 
             head = bits_per_weight(settings.head_bits, config.hidden_size) / 8
             stored += n_head_weights(checkpoint) * head - checkpoint.n_bytes(is_head)
     if settings.finish_steps:  # writes the blocks again before it deletes those from before
-        stored += n_blocks * weights * (16 if settings.dequantized else bits) / 8
+        stored += n_blocks * weights * bits / 8
     already_there = sum(file.stat().st_size for file in partial_folder(settings.out).glob("*.safetensors"))
     needs = {f"--out {settings.out}": (stored - already_there, shutil.disk_usage(settings.out.parent).free)}
 

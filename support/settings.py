@@ -95,7 +95,13 @@ class Settings:
     finish_steps: int | None = switch(
         None, "steps of end-to-end training of all alpha and shift at the end", 0, shown="128 for flexbcq, else 0"
     )
-    finish_rate: float = switch(1e-3, "learning rate of the finish, in units of each group's mean alpha", 0, 1)
+    finish_rate: float | None = switch(
+        None,
+        "learning rate of the finish, in units of each group's mean alpha",
+        0,
+        1,
+        shown="1e-3, less in small groups and from 4 bits on",
+    )
 
     text: Path | None = files(
         None, "UTF-8 file to calibrate on, or wikitext2 or c4 (training split)", shown="the Python standard library"
@@ -116,7 +122,10 @@ class Settings:
     def __post_init__(self):
         check_ranges(self)
         passes, steps = {"gptq": (1, 0), "bcq": (2, 0), "flexbcq": (2, 128)}.get(self.method, (0, 0))
-        for name, default in (("feedback_passes", passes), ("finish_steps", steps)):
+        rate = 1e-3  # less where a step is more noise than signal: few weights share an alpha, and little is wrong
+        if self.group_size != -1:
+            rate *= min(1, self.group_size / 128 * 4 ** (3 - self.bits))
+        for name, default in (("feedback_passes", passes), ("finish_steps", steps), ("finish_rate", rate)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)  # frozen, but not yet for others to see
 

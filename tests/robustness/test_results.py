@@ -31,6 +31,7 @@ def small(toy, text, tmp_path, monkeypatch):
     shutil.copy(text, tmp_path / page.TEXT)
     short = "--samples 4 --seq-len 64 --epochs 1 --eval-seq-len 32"
     monkeypatch.setattr(page, "SETTING", short)
+    monkeypatch.setattr(page, "EVAL_SEQ_LEN", 32)
     monkeypatch.setattr(page, "ABLATED", f"--model {toy} --text {tmp_path / 'wiki.valid.tokens'} {short}")
     monkeypatch.setattr(page, "CELLS", [(3, -1)])
     monkeypatch.setattr(page, "MAIN", (3, -1))
@@ -50,24 +51,26 @@ def made_up(small):
     record = next(run for run in real["runs"].values() if "moves" in run)
     perplexities = {"original": 1234.5, "rtn": 12.0, "gptq": 12.5, "bcq": 13.0, "flexround": 14.0, "flexbcq": 100.0}
     tasks = {"BLiMP": "1010", "LAMBADA": "01", "PIQA": "11"}
-    record |= {"perplexity": perplexities, "tasks": tasks | {"kl_mean": 0.25, "same_token": 0.5}}
+    record |= {"perplexity": perplexities, "whole": 111.1, "tasks": tasks | {"kl_mean": 0.25, "same_token": 0.5}}
     runs = {chosen: record for chosen in page.wanted()}
     worse = page.ablation(2, "--seed 1")
     runs[worse] = record | {"perplexity": record["perplexity"] | {"flexbcq": 110.0}}
-    return real | {"runs": runs, "tasks": tasks | {"BLiMP": "1111"}}
+    return real | {"runs": runs, "tasks": tasks | {"BLiMP": "1111"}, "whole": 2345.6}
 
 
 def test_the_page_compares_the_runs(made_up):
-    assert len(page.wanted()) == 6 + 2 * (3 + 2) + 5 + 2 + 2 * 5 + 1
+    assert len(page.wanted()) == 6 + 2 * (3 + 2) + 3 + 2 * 2 + 1
     text = " ".join(page.markdown(made_up).split())
     assert "It shows " in text and "original has 1234.50, rtn 12.00 and 12.00." in text
+    assert "original has 1234.50 (2345.60 on the whole test set)." in text
+    assert "| perplexity, whole test set | bits per weight | flexbcq | | --- | ---: | ---: | | 3 bits, a row |" in text
     assert "flexbcq is lowest in 0 of 1 complete rows." in text  # 14 of flexround is below 100
     assert "| `--seed 1` | 110.00 (+10.0%) | 100.00 (+0.0%) |" in text
     assert "| feedback, blocks | `--method flexbcq --finish-steps 0` | 100.0 |" in text
 
 
 def test_what_is_missing_is_measured_and_the_rest_is_kept(small, made_up, tmp_path):
-    missing = [page.options(method, 3, -1) for method in ("rtn", "bcq")]
+    missing = [page.options(method, 3, -1) for method in ("rtn", "flexbcq")]
     kept = {chosen: run for chosen, run in made_up["runs"].items() if chosen not in missing}
     (tmp_path / "results.json").write_text(json.dumps(made_up | {"runs": kept}))
     result = call(results.main, *small)
@@ -75,6 +78,7 @@ def test_what_is_missing_is_measured_and_the_rest_is_kept(small, made_up, tmp_pa
     store = json.loads((tmp_path / "results.json").read_text())
     measured = {chosen: store["runs"].pop(chosen) for chosen in missing}
     assert store["runs"] == kept
+    assert measured[missing[1]]["whole"] > 100
     rtn = measured[missing[0]]["perplexity"]["rtn"]
     assert rtn > 100 and f"| {page.rounded(rtn)} |" in (tmp_path / "RESULTS.md").read_text()
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
@@ -133,7 +137,7 @@ def test_too_few_runs_for_a_page_are_kept_and_the_next_is_named(small, tmp_path)
     lacking = min(set(page.required()) - {page.wanted()[0]})
     assert result.code == 2 and f"make {lacking} first" in result.err
     store = json.loads((tmp_path / "results.json").read_text())
-    assert [*store["runs"]] == page.wanted()[:1] and "step" in store
+    assert [*store["runs"]] == page.wanted()[:1] and {"step", "whole"} <= store.keys()
     assert [*store["runs"][page.wanted()[0]]["perplexity"]] == ["original", "rtn"]
 
 
@@ -142,7 +146,7 @@ def test_the_narrowest_margin_is_counted_seed_by_seed(monkeypatch):
     perplexities = {method: [20, 20, 20] for method in page.METHODS}
     perplexities |= {"rtn": [30], "bcq": [11, 11.5, 11], "flexbcq": [10, 12, 10]}
     runs = {
-        page.options(method, 3, 64, page.FEW, seed): {
+        page.options(method, 3, 64, seed): {
             "perplexity": {"flexbcq" if method == "paper" else method: value},
             "bits_per_weight": 4,
         }
@@ -173,7 +177,7 @@ def test_what_runs_beside_one_that_fails_is_kept(small, tmp_path, monkeypatch):
         return {"perplexity": {}}
 
     monkeypatch.setattr(results, "measure", measure)
-    (tmp_path / "results.json").write_text('{"runs": {}, "step": {}}')
+    (tmp_path / "results.json").write_text('{"runs": {}, "step": {}, "whole": 1.0}')
     assert call(results.main, *small).err.strip().endswith("error: no luck")
     assert second in json.loads((tmp_path / "results.json").read_text())["runs"]
 
@@ -182,7 +186,7 @@ def test_two_processes_on_one_store_keep_what_each_has_measured(small, tmp_path,
     """Another process finishes a run while this one is measuring."""
     first, second = page.wanted()[:2]
     store = tmp_path / "results.json"
-    store.write_text('{"runs": {}, "step": {}}')
+    store.write_text('{"runs": {}, "step": {}, "whole": 1.0}')
     asked = []
 
     def measure(chosen, *_):
