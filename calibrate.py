@@ -447,8 +447,8 @@ def rehearse(checkpoint: Checkpoint, samples: Tensor, windows: Tensor, settings:
     # the time of the whole run: of the steps the last two, one with a new mapping and one without
     per_step = (stamps[-1] - stamps[-3]) / 2 if settings.n_steps else 0
     per_sample = (record["seconds"] - record["initializing"] - record["training"]) / len(few)
-    n_steps = settings.n_steps + 4 / 3 * settings.finish_steps  # each with one forward pass more
-    per_block = record["initializing"] + per_sample * settings.samples + per_step * n_steps
+    finishing = 4 / 3 * (per_step or per_sample) * settings.finish_steps  # a step of it has one forward pass more
+    per_block = record["initializing"] + per_sample * settings.samples + per_step * settings.n_steps + finishing
     peak, total = peak_and_total(settings.device)
     print(f"{settings.device}: {peak / 1e9:.1f} GB of {total / 1e9:.1f} GB at the peak")
     print(f"{n_blocks} blocks of {settings.n_steps} steps, {per_step:.3f} seconds each: ", end="")

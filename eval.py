@@ -38,8 +38,14 @@ from support.cloze import answer_items, mmlu_items, read_items
 from support.command import check_device, guarded
 from support.data import batches, cut, encode_prompt, load_text, load_tokenizer, resolve_seq_len, tokenize
 from support.hub import model_folder
-from support.settings import Evaluation, add_options
+from support.settings import Evaluation, add_options, flag
 from support.tasks import accuracy, load_model, subjects, table
+
+BESIDE = {  # option -> those that it means nothing without
+    **dict.fromkeys(("tokens", "temperature", "seed", "chat"), ("prompt",)),
+    **dict.fromkeys(("cloze", "shots"), ("mmlu",)),
+    "limit": ("task", "mmlu"),
+}
 
 
 @torch.inference_mode()
@@ -210,10 +216,9 @@ def answer(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: Evaluation, s
 
 def run(settings: Evaluation) -> None:
     """Measure what was asked for and print it. Raises ValueError or OSError with one line."""
-    if settings.cloze and settings.mmlu is None:
-        raise ValueError("--cloze: belongs to --mmlu; give --mmlu DATA too")
-    if settings.chat and settings.prompt is None:
-        raise ValueError("--chat: belongs to --prompt; give --prompt TEXT too")
+    for name, others in BESIDE.items():
+        if getattr(settings, name) != getattr(Evaluation, name) and all(getattr(settings, o) is None for o in others):
+            raise ValueError(f"{flag(name)}: belongs to {' or '.join(map(flag, others))}; give that too")
     if sum(x is not None for x in (settings.prompt, settings.task, settings.mmlu, settings.against)) > 1:
         raise ValueError("--prompt, --task, --mmlu and --against: give only one of them")
     forced_path()  # is it one?

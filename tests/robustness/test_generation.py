@@ -171,6 +171,11 @@ def test_a_chat_template_that_cannot_be_used_is_said(case, toy, tmp_path):
     assert result.err.strip().count("\n") == 0
 
 
-def test_chat_without_a_prompt_is_refused(toy):
-    result = call(main, "--model", toy, "--chat")
-    assert result.code == 2 and "--chat: belongs to --prompt" in result.err
+@pytest.mark.parametrize(
+    "option, others",
+    [("--chat", "--prompt"), ("--tokens 8", "--prompt"), ("--temperature 0.5", "--prompt"), ("--seed 1", "--prompt")]
+    + [("--cloze", "--mmlu"), ("--shots 0", "--mmlu"), ("--limit 3", "--task or --mmlu")],
+)
+def test_an_option_that_would_do_nothing_is_refused(option, others, toy):
+    result = call(main, "--model", toy, *option.split())
+    assert result.code == 2 and f"error: {option.split()[0]}: belongs to {others}; give that too" in result.err
