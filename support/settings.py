@@ -100,7 +100,7 @@ class Settings:
         "learning rate of the finish, in units of each group's mean alpha",
         0,
         1,
-        shown="1e-3, less in small groups and from 4 bits on",
+        shown="1e-3, less from 4 bits on if there are groups",
     )
 
     text: Path | None = files(
@@ -124,7 +124,7 @@ class Settings:
         passes, steps = {"gptq": (1, 0), "bcq": (2, 0), "flexbcq": (2, 128)}.get(self.method, (0, 0))
         rate = 1e-3  # less where a step is more noise than signal: few weights share an alpha, and little is wrong
         if self.group_size != -1:
-            rate *= min(1, self.group_size / 128 * 4 ** (3 - self.bits))
+            rate *= min(1, self.group_size / 64 * 8 ** (3 - self.bits))
         for name, default in (("feedback_passes", passes), ("finish_steps", steps), ("finish_rate", rate)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)  # frozen, but not yet for others to see

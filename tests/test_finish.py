@@ -118,7 +118,7 @@ def test_the_best_state_that_was_seen_stays_and_none_worse_than_the_first(quanti
 
 
 def test_the_rate_is_lower_in_small_groups_and_from_4_bits_on():
-    groups = {(3, -1): 1e-3, (3, 128): 1e-3, (2, 64): 1e-3, (3, 64): 5e-4, (4, 128): 2.5e-4, (4, 64): 1.25e-4}
+    groups = {(4, -1): 1e-3, (3, 64): 1e-3, (2, 32): 1e-3, (3, 32): 5e-4, (4, 128): 2.5e-4, (4, 64): 1.25e-4}
     for (bits, group_size), rate in groups.items():
         assert Settings(bits=bits, group_size=group_size).finish_rate == rate
     assert Settings(bits=4, group_size=64, finish_rate=0.01).finish_rate == 0.01
