@@ -123,7 +123,7 @@ class Settings:
         check_ranges(self)
         passes, steps = {"gptq": (1, 0), "bcq": (2, 0), "flexbcq": (2, 128)}.get(self.method, (0, 0))
         rate = 1e-3  # less where a step is more noise than signal: few weights share an alpha, and little is wrong
-        if self.group_size != -1:
+        if self.group_size > 0:
             rate *= min(1, self.group_size / 64 * 8 ** (3 - self.bits))
         for name, default in (("feedback_passes", passes), ("finish_steps", steps), ("finish_rate", rate)):
             if getattr(self, name) is None:
