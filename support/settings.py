@@ -100,7 +100,7 @@ class Settings:
         "learning rate of the finish, in units of each group's mean alpha",
         0,
         1,
-        shown="1e-3, less from 4 bits on if there are groups",
+        shown="1e-3; in groups times min(1, size / 64 * 8^(3 - bits))",
     )
 
     text: Path | None = files(
