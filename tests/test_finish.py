@@ -13,6 +13,7 @@ from flexbcq import METHODS, FlexBCQLinear
 from kernel import BCQLinear
 from llama import linears, rope_tables
 from support.checkpoint import Checkpoint
+from support.command import coarse_products
 from support.finish import FixedCodesLinear, mean_divergence, step, swap, train_levels
 from support.settings import Settings
 
@@ -115,6 +116,24 @@ def test_the_best_state_that_was_seen_stays_and_none_worse_than_the_first(quanti
     assert losses[-1] > losses[0]
     for old, layer in zip(before, packed_layers(blocks)):
         torch.testing.assert_close(layer.alpha, old, rtol=2e-3, atol=1e-6)
+
+
+def test_products_are_coarse_in_the_steps_and_exact_in_what_is_measured(quantized, monkeypatch):
+    seen = {"step": set(), "mean_divergence": set()}
+
+    def spy(name):
+        original = getattr(support.finish, name)
+
+        def spied(*arguments):
+            seen[name].add(torch.backends.cuda.matmul.allow_tf32)
+            return original(*arguments)
+
+        monkeypatch.setattr(support.finish, name, spied)
+
+    spy("step"), spy("mean_divergence")
+    monkeypatch.setattr(support.finish, "coarse_products", lambda device: coarse_products(torch.device("cuda")))
+    train_levels(*quantized, random_ids(8, 32), random_ids(4, 32, seed=1), SETTINGS)
+    assert seen == {"step": {True}, "mean_divergence": {False}}
 
 
 def test_the_rate_is_lower_in_small_groups_and_from_4_bits_on():

@@ -9,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from calibrate import (
     CHECK_EVERY,
     check_finite,
-    coarse_products,
     first_activations,
     quantize_layers,
     run_block,
@@ -18,6 +17,7 @@ from calibrate import (
 from flexbcq import levels
 from llama import Attention, LlamaConfig, rope_tables
 from support.checkpoint import Checkpoint
+from support.command import coarse_products
 from support.settings import Settings
 
 GROUPED = LlamaConfig(64, 64, 96, 1, num_attention_heads=4, num_key_value_heads=2)
