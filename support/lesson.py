@@ -40,7 +40,7 @@ from calibrate import (
 )
 from eval import parts, run_blocks
 from experiments.kernels import CACHE, random_layer, seconds_cuda
-from flexbcq import FlexBCQLinear, levels, nearest, uniform_range
+from flexbcq import METHODS, FlexBCQLinear, levels, nearest, uniform_range
 from kernel import BCQLinear, bits_per_weight
 from llama import Block, Llama, linears, rope_tables
 from support.checkpoint import Checkpoint
@@ -169,11 +169,11 @@ def draw_ruler(row: Tensor, n_bits: int, ratio: float) -> float:
     return error
 
 
-def with_outlier(row: Tensor, n_bits: int, outlier: float, learn_levels: bool) -> tuple[Tensor, float]:
-    """A row, (1, n), whose first weight is replaced by `outlier`, quantized by rtn, or by bcq if levels are learned.
-    Returns the quantized row and the error of the *other* weights in percent."""
+def with_outlier(row: Tensor, n_bits: int, outlier: float, method: str) -> tuple[Tensor, float]:
+    """A row, (1, n), whose first weight is replaced by `outlier`, quantized and not trained (flexround: a ruler at the
+    best of some clipping ratios). Returns the quantized row and the error of the *other* weights in percent."""
     row = torch.cat((torch.full((1, 1), outlier), row[:, 1:]), 1)
-    quantized = FlexBCQLinear(row, n_bits, learn_mapping=False, learn_levels=learn_levels).quantized_weight().detach()
+    quantized = FlexBCQLinear(row, n_bits, -1, *METHODS[method]).quantized_weight().detach()
     return quantized, error_percent(quantized[:, 1:], row[:, 1:])
 
 
@@ -182,7 +182,7 @@ def draw_outlier(row: Tensor, n_bits: int, outlier: float) -> tuple[float, float
     errors = []
     figure, panels = plt.subplots(2, 1, figsize=(8, 4), sharex=True)
     for axes, name, color in zip(panels, ("rtn", "bcq"), (RED, PINK)):
-        quantized, error = with_outlier(row, n_bits, outlier, learn_levels=name == "bcq")
+        quantized, error = with_outlier(row, n_bits, outlier, name)
         errors.append(error)
         axes.hist(row[0, 1:].numpy(), bins=60, color="0.8")
         for value in quantized.unique().tolist():
