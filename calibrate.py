@@ -42,11 +42,11 @@ from support.command import coarse_products, guarded, named
 from support.data import batches, empty_activations, load_texts
 from support.finish import finish
 from support.plan import (
-    check_finish,
     check_layers,
     check_perplexity,
     check_space,
     check_weights,
+    finish_fits,
     peak_and_total,
     peak_bytes,
     plot,
@@ -266,7 +266,7 @@ def train_block(
         from_original = uniform(original.shape[1:]) < settings.original_input
         mixed = torch.where(from_original, original, quantized)
 
-        # the quantized block shall answer like the original one
+        # the quantized block should return what the original one returns
         with coarse_products(device):
             loss = F.mse_loss(block(mixed.float(), *x.rope), target.float())
             loss.backward()
@@ -408,9 +408,9 @@ def show(bar: tqdm, news: str = "") -> None:
 
 
 def rehearse(checkpoint: Checkpoint, samples: Tensor, windows: Tensor, settings: Settings) -> None:
-    """Everything once and small: the original on a few windows, and block 0 with four steps. Prints a plan of the run.
+    """The original on a few windows, and block 0 with four steps; not the finish. Prints a plan of the run.
 
-    What would fail after a day fails here: a wrong tokenizer, a block that does not fit into the memory of the GPU."""
+    So a wrong tokenizer, or a block that does not fit into the memory of the GPU, fails here and not after hours."""
     paths(settings.device.type)  # compiles the kernels now, so that this is not part of the measured time
     n_blocks, vocab_size = checkpoint.config.num_hidden_layers, checkpoint.config.vocab_size
     few = windows[:4]
@@ -466,6 +466,8 @@ def complete(checkpoint: Checkpoint, windows: Tensor, settings: Settings, folder
         if settings.dequantized:
             dequantize_blocks(checkpoint, folder, settings)
         quantization = {"quant_method": "flexbcq"} | settings.decisive() | versions
+        if "finish" not in report:
+            quantization["finish_steps"] = 0
         write_rest(checkpoint, folder, settings, None if settings.dequantized else quantization)
     parallel.wait()
 
@@ -486,12 +488,13 @@ def run(settings: Settings) -> None:
     # everything that can be checked beforehand
     checkpoint, settings = resolve(settings)
     weights, bits = check_layers(checkpoint, settings)
-    check_space(checkpoint, settings, weights, bits)
-    settings = check_finish(checkpoint, settings, weights)
+    fits = finish_fits(checkpoint, settings, weights)
+    possible = settings if fits else replace(settings, finish_steps=0)
+    check_space(checkpoint, possible, weights, bits)
     samples, others, windows, eval_name = load_texts(checkpoint, settings)
     check_perplexity(checkpoint, windows)
     check_weights(checkpoint, settings)
-    rehearse(checkpoint, samples, windows, settings)
+    rehearse(checkpoint, samples, windows, possible)
     if settings.dry_run:
         return
 
@@ -502,7 +505,7 @@ def run(settings: Settings) -> None:
         if settings.baselines:
             measure_baselines(checkpoint, windows, settings, report["perplexity"])
         calibrate(checkpoint, samples, settings, folder, report)
-        if settings.finish_steps:
+        if settings.finish_steps and (fits or "finish" in report):
             finish(checkpoint, others, settings, folder, report)
         complete(checkpoint, windows, settings, folder, report)
         report |= {"text": eval_name, "eval_seq_len": settings.eval_seq_len, "eval_windows": len(windows)}

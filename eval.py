@@ -46,6 +46,7 @@ BESIDE = {  # option -> those that it means nothing without
     **dict.fromkeys(("cloze", "shots"), ("mmlu",)),
     "limit": ("task", "mmlu"),
 }
+AGAINST = {"text": ("prompt", "task", "mmlu"), "seq_len": ("prompt",), "shots": ("cloze",)}  # and those beside which
 
 
 @torch.inference_mode()
@@ -180,8 +181,8 @@ def generate(
         """The next token, (1, vocab_size) -> (1, 1), shown when it completes a character."""
         nonlocal shown
         new = most_likely(logits)
-        if settings.temperature:  # of differences, so that no quotient is too large
-            p = ((logits.float() - logits.max()) / settings.temperature).softmax(-1)
+        if settings.temperature:  # of differences, so that no quotient is too large, nor 0 / 0
+            p = ((logits.float() - logits.max()) / max(settings.temperature, 1e-30)).softmax(-1)
             new = torch.multinomial(p, 1, generator=generator)
         tokens.append(new.item())
         text = tokenizer.decode(tokens)
@@ -219,6 +220,10 @@ def run(settings: Evaluation) -> None:
     for name, others in BESIDE.items():
         if getattr(settings, name) != getattr(Evaluation, name) and all(getattr(settings, o) is None for o in others):
             raise ValueError(f"{flag(name)}: belongs to {' or '.join(map(flag, others))}; give that too")
+    for name, others in AGAINST.items():
+        for other in others:
+            if getattr(settings, name) != getattr(Evaluation, name) and getattr(settings, other) not in (None, False):
+                raise ValueError(f"{flag(name)}: means nothing with {flag(other)}; leave it out")
     if sum(x is not None for x in (settings.prompt, settings.task, settings.mmlu, settings.against)) > 1:
         raise ValueError("--prompt, --task, --mmlu and --against: give only one of them")
     forced_path()  # is it one?

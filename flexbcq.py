@@ -187,9 +187,11 @@ def alternating_update(
         values, order = (theta @ features.T).sort(dim=1)  # (n_groups, 2^n_bits)
         count, total = groups.split(values)
 
-        # codes fixed: the normal equations for the change of theta; from the order of values to that of codes
+        # from the order of values to that of codes
         count_by_code = torch.zeros_like(count).scatter_(1, order, count)
         error_by_code = torch.zeros_like(total).scatter_(1, order, total - count * values)
+
+        # codes fixed: the normal equations for the change of theta
         gram = (count_by_code @ products).unflatten(1, eye.shape)  # sum_j f_j f_j^T
         residual = error_by_code @ features  # sum_j f_j (w_j - q_j)
         theta = theta + torch.linalg.solve(gram + damping, residual)

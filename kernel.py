@@ -35,7 +35,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -149,9 +149,8 @@ def compiled_name(with_cuda: bool) -> str:
 
 
 class Library(NamedTuple):
-    """The compiled kernels."""
+    """The compiled kernels; loaded, they are the operator torch.ops.flexbcq.multiply."""
 
-    multiply: Callable  # x, bit_planes, alpha, shift, out_features, path -> x @ W.T; an operator of PyTorch
     cpu_paths: list[str]
     has_cuda: bool
 
@@ -206,7 +205,7 @@ def load_kernels(with_cuda: bool) -> Library:
     torch.library.register_fake("flexbcq::multiply", multiply_fake)
     torch.library.register_autograd("flexbcq::multiply", multiply_backward, setup_context=keep_weight)
     loaded.flexbcq_cpu_paths.restype = ctypes.c_char_p
-    return Library(torch.ops.flexbcq.multiply, loaded.flexbcq_cpu_paths().decode().split(), with_cuda)
+    return Library(loaded.flexbcq_cpu_paths().decode().split(), with_cuda)
 
 
 @functools.cache

@@ -49,7 +49,9 @@ def as_chat(folder: Path, prompt: str) -> str:
         jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         jinja.filters["tojson"] = lambda x, **more: json.dumps(x, ensure_ascii=False, **more)
         names = {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-        names |= {k: v["content"] if isinstance(v, dict) else v for k, v in settings.items() if k.endswith("_token")}
+        names |= {"tools": None, "documents": None}  # as in a call without them
+        tokens = {k: v for k, v in settings.items() if k.endswith("_token") and v is not None}
+        names |= {k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items()}
         messages = [{"role": "user", "content": prompt}]
         return jinja.from_string(template).render(messages=messages, add_generation_prompt=True, **names)
     except Exception as error:  # a template is a program

@@ -331,9 +331,10 @@ class Checkpoint:
 
     def check_ids(self, ids: Tensor) -> Tensor:
         """Raises ValueError if there are tokens the model does not know."""
-        if ids.numel() and ids.max() >= self.config.vocab_size:
+        wrong = ids[(ids < 0) | (ids >= self.config.vocab_size)]
+        if len(wrong):
             raise ValueError(
-                f"{self.folder}: there is a token {ids.max()}, config.json says vocab_size {self.config.vocab_size}; "
+                f"{self.folder}: there is a token {wrong[0]}, config.json says vocab_size {self.config.vocab_size}; "
                 "do tokenizer.json and config.json belong to different models?"
             )
         return ids

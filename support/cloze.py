@@ -40,7 +40,9 @@ def is_item(x: object) -> bool:
 
     if holds(query=str, choices=list, gold=int):
         return x["gold"] in range(len(x["choices"])) and all(isinstance(choice, str) for choice in x["choices"])
-    return holds(sentence_good=str, sentence_bad=str) or holds(context=str, continuation=str)
+    if holds(sentence_good=str, sentence_bad=str):
+        return bool(x["sentence_good"] and x["sentence_bad"])
+    return holds(context=str, continuation=str)
 
 
 def read_items(path: Path, limit: int | None = None) -> list[dict]:
@@ -71,12 +73,12 @@ def continuations(item: dict) -> list[tuple[str, str]]:
 
     >>> continuations({"query": "Question: Is it?", "choices": ["yes", "no"], "gold": 1})
     [('Question: Is it?\\nAnswer:', ' yes'), ('Question: Is it?\\nAnswer:', ' no')]"""
+    if "choices" in item:
+        context = item["query"].rstrip("\n") + "\nAnswer:"
+        return [(context, f" {choice}") for choice in item["choices"]]
     if "sentence_good" in item:
         return [("", item["sentence_good"]), ("", item["sentence_bad"])]
-    if "continuation" in item:
-        return [(item["context"], " " + item["continuation"].strip())]
-    context = item["query"].rstrip("\n") + "\nAnswer:"
-    return [(context, f" {choice}") for choice in item["choices"]]
+    return [(item["context"], " " + item["continuation"].strip())]
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, first: int) -> tuple[list[int], int]:
@@ -115,10 +117,10 @@ def answers(
         texts = [text for _, text in continuations(item)]
         values = [next(found) for _ in texts]
         is_cut = any([too_long.pop(0) for _ in texts])
-        if "continuation" in item:
+        if "gold" not in item and len(texts) == 1:
             yield values[0].greedy, values[0].greedy, is_cut
         else:
-            gold = 0 if "sentence_good" in item else item["gold"]  # of a pair, the first is the good one
+            gold = item.get("gold", 0)  # of a pair, the first is the good one
             sizes = map(len, item.get("choices", texts))  # without the blank before an answer
             by_character = [value.log_p / max(1, size) for value, size in zip(values, sizes)]
             best = max(range(len(texts)), key=lambda i: values[i].log_p)
@@ -139,6 +141,6 @@ def answer_items(checkpoint: Checkpoint, model: Llama, tokenizer: Tokenizer, ite
         share = n_right / len(items)
         return f"{share:.1%} +- {math.sqrt(share * (1 - share) / len(items)):.1%}"
 
-    norm = f", acc_norm {shown(right_norm)}" if "choices" in items[0] else ""
+    norm = f", acc_norm {shown(right_norm)}" if all("choices" in item for item in items) else ""
     notes = f"; {cut} of them too long and cut at the beginning" if cut else ""
     return f"accuracy {shown(right)}{norm} (standard error; {len(items)} items{notes})"

@@ -8,8 +8,8 @@ EfficientQAT, Chen et al. 2025, but towards the original's logits). The loss is 
 
 In memory are the head and all blocks, with a byte for each weight and 5 (n_bits + 1) floats for each group (parameters,
 gradients, two moments, the best so far); of a step, the input of every block for one sequence, and one block with its
-activations: the forward pass keeps no graph, and the backward pass computes each block once more. The host holds what
-the head of the original gets: 4 bytes for each token of the samples and hidden unit.
+activations: the forward pass keeps no graph, and the backward pass computes each block once more. The host holds the
+final states of the original: 4 bytes for each hidden unit and token of the samples.
 """
 
 import math

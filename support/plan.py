@@ -35,7 +35,7 @@ def resolve(settings: Settings) -> tuple[Checkpoint, Settings]:
     checkpoint = Checkpoint(model_folder(settings.model))
     if checkpoint.config.quantization:
         raise ValueError(f"{settings.model}: is quantized already; give the original model")
-    name = (settings.model.resolve() if settings.model.is_dir() else settings.model).name.partition("@")[0]
+    name = settings.model.resolve().name if settings.model.is_dir() else settings.model.name.partition("@")[0]
     is_bundled = checkpoint.folder.resolve() == TINY
     seq_len = resolve_seq_len(settings.seq_len, checkpoint)
     eval_seq_len = seq_len if settings.eval_seq_len is None else settings.eval_seq_len
@@ -148,7 +148,9 @@ def check_space(checkpoint: Checkpoint, settings: Settings, weights: int, bits: 
 
 
 def check_perplexity(checkpoint: Checkpoint, windows: Tensor) -> None:
-    """The same for the activations of a perplexity, which are kept in float32. windows: (n_windows, seq_len)"""
+    """Print what a perplexity keeps in memory, in float32. Raises ValueError if there is less of it.
+
+    windows: (n_windows, seq_len)"""
     needed = 4 * windows.numel() * checkpoint.config.hidden_size
     check_one(f"{windows.numel()} tokens of evaluation text, in memory", needed, psutil.virtual_memory().total)
 
@@ -162,12 +164,12 @@ def check_one(name: str, needed: float, available: float) -> None:
         )
 
 
-def check_finish(checkpoint: Checkpoint, settings: Settings, weights: int) -> Settings:
-    """Print what the finish needs in the memory of the device; the settings without it if there is less.
+def finish_fits(checkpoint: Checkpoint, settings: Settings, weights: int) -> bool:
+    """Print what the finish needs in the memory of the device. Whether it is there, on the devices of all processes.
 
     weights: to quantize in a block. The rest, one block with its activations, has been there for the blocks"""
     if not settings.finish_steps:
-        return settings
+        return True
     config = checkpoint.config
     group_size = config.hidden_size if settings.group_size == -1 else settings.group_size
     per_weight = 1 + 20 * (settings.bits + 1) / group_size  # a code; five floats for each alpha and shift
@@ -177,10 +179,10 @@ def check_finish(checkpoint: Checkpoint, settings: Settings, weights: int) -> Se
     total = peak_and_total(settings.device)[1]
 
     print(f"--finish-steps {settings.finish_steps}: {needed / 1e9:.3f} GB of {total / 1e9:.1f} GB, beside one block")
-    if needed < total:
-        return settings
-    print("that is more than there is: without the finish")
-    return replace(settings, finish_steps=0)
+    fits = parallel.mean(needed < total) == 1
+    if not fits:
+        print("that is more than there is: without the finish")
+    return fits
 
 
 def peak_bytes() -> int:

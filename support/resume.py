@@ -83,7 +83,7 @@ def read_report(partial: Path, started: dict) -> dict:
     Raises ValueError naming the first setting that differs from the earlier run."""
     start_again = f"delete {partial} to start again"
     if not (partial / REPORT).exists():
-        if any(path.suffix != ".tmp" and path.name != LOCK for path in partial.iterdir()):
+        if any(path.name not in (LOCK, f"{REPORT}.tmp") for path in partial.iterdir()):
             raise ValueError(f"{partial}: holds no {REPORT}, so it is no run; give another --out, or delete it")
         return started | {"perplexity": {}, "blocks": []}
 
@@ -156,7 +156,7 @@ def finished_blocks_kept(partial: Path) -> Iterator[None]:
         n = len(json.loads(path.read_bytes())["blocks"]) if path.exists() else 0
         if n:
             kept = f"{partial} keeps {n} finished {'block' if n == 1 else 'blocks'}"
-            # a ValueError would come again
+            # the same command would meet the same ValueError
             error.add_note(kept if isinstance(error, ValueError) else f"{kept}: the same command resumes there")
         else:
             shutil.rmtree(partial, ignore_errors=True)

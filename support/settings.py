@@ -47,6 +47,7 @@ calibration = partial(option, "calibration")
 switch = partial(option, "switches, for ablations")
 evaluation = partial(option, "evaluation")
 machine = partial(option, "machine")
+perplexity, generation, tasks = (partial(option, name) for name in ("perplexity", "text generation", "tasks"))
 DECISIVE = {"quantization", "calibration", "switches, for ablations"}  # sections that decide every byte of the result
 
 
@@ -100,7 +101,7 @@ class Settings:
         "learning rate of the finish, in units of each group's mean alpha",
         0,
         1,
-        shown="1e-3; in groups times min(1, size / 64 * 8^(3 - bits))",
+        shown="1e-3, and with --group-size N times min(1, N / 64 * 8^(3 - bits))",
     )
 
     text: Path | None = files(
@@ -127,12 +128,14 @@ class Settings:
             rate *= min(1, self.group_size / 64 * 8 ** (3 - self.bits))
         for name, default in (("feedback_passes", passes), ("finish_steps", steps), ("finish_rate", rate)):
             if getattr(self, name) is None:
-                object.__setattr__(self, name, default)  # frozen, but not yet for others to see
+                object.__setattr__(self, name, default)  # the dataclass is frozen; this is still its constructor
 
         if self.method == "rtn" and self.feedback_passes:
             raise ValueError("--method rtn --feedback-passes: rtn with error feedback is --method gptq")
         if self.method == "gptq" and not self.feedback_passes:
-            raise ValueError("--method gptq --feedback-passes 0: gptq without error feedback is --method rtn")
+            raise ValueError(
+                "--method gptq: is rtn with error feedback; leave out --feedback-passes 0, or --paper, which sets it"
+            )
         if self.feedback_passes > 1 and not WITH_GPTQ[self.method][1]:
             raise ValueError(
                 f"--feedback-passes {self.feedback_passes}: the levels of {self.method} are fixed, one will do"
@@ -164,35 +167,27 @@ class Evaluation:
     )
     device: str | torch.device = files(default_device, "cpu, cuda, cuda:1, ...", shown=FOUND)
 
-    text: Path | None = option(
-        "perplexity",
-        None,
-        "UTF-8 file to measure on, or wikitext2 or c4",
-        shown="held-out files of the Python standard library",
+    text: Path | None = perplexity(
+        None, "UTF-8 file to measure on, or wikitext2 or c4", shown="held-out files of the Python standard library"
     )
-    seq_len: int | None = option(
-        "perplexity", None, "tokens per window", shown="2048, or the model's context if smaller"
+    seq_len: int | None = perplexity(None, "tokens per window", shown="2048, or the model's context if smaller")
+    against: Path | None = perplexity(
+        None, "also measure the distance from this model, the original: KL divergence, same token"
     )
 
-    against: Path | None = option(
-        "perplexity", None, "also measure the distance from this model, the original: KL divergence, same token"
+    prompt: str | None = generation(None, "continue this text instead, and print tokens per second")
+    tokens: int = generation(100, "tokens to generate", 1)
+    temperature: float = generation(
+        0.0, "draw each token, from logits divided by X", 0, 1e9, shown="0: take the most likely"
     )
+    seed: int = generation(0, "seed of the drawing", 0, 2**32 - 1)
+    chat: bool = generation(False, "take the prompt as a question to an assistant: apply the chat template")
 
-    prompt: str | None = option("text generation", None, "continue this text instead, and print tokens per second")
-    tokens: int = option("text generation", 100, "tokens to generate", 1)
-    temperature: float = option(
-        "text generation", 0.0, "draw each token, from logits divided by X", 0, 1e9, shown="0: take the most likely"
-    )
-    seed: int = option("text generation", 0, "seed of the drawing", 0, 2**32 - 1)
-    chat: bool = option(
-        "text generation", False, "take the prompt as a question to an assistant: apply the chat template"
-    )
-
-    task: Path | None = option("tasks", None, "a .jsonl file of BLiMP, LAMBADA, PIQA or ARC, or a folder of them")
-    mmlu: Path | None = option("tasks", None, "MMLU, by letters: its published folder, with dev and test")
-    cloze: bool = option("tasks", False, "MMLU by the texts of the answers, without shots")
-    shots: int = option("tasks", 5, "solved examples shown before each MMLU question", 0)
-    limit: int | None = option("tasks", None, "use only the first N items of each file or subject", 1, shown="all")
+    task: Path | None = tasks(None, "a .jsonl file of BLiMP, LAMBADA, PIQA or ARC, or a folder of them")
+    mmlu: Path | None = tasks(None, "MMLU, by letters: its published folder, with dev and test")
+    cloze: bool = tasks(False, "MMLU by the texts of the answers, without shots")
+    shots: int = tasks(5, "solved examples shown before each MMLU question", 0)
+    limit: int | None = tasks(None, "use only the first N items of each file or subject", 1, shown="all")
 
     def __post_init__(self):
         check_ranges(self)

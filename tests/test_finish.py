@@ -199,8 +199,29 @@ def test_a_model_that_does_not_fit_is_quantized_without(toy, text, tmp_path, mon
     monkeypatch.setattr("support.plan.peak_and_total", lambda device: (0, 1000))
     result = call(main, *command(toy, text, tmp_path / "out"))
     assert result.code == 0 and "more than there is: without the finish" in result.out
-    report = json.loads((tmp_path / "out" / "calibration.json").read_text())
-    assert report["settings"]["finish_steps"] == 0 and "finish" not in report
+    report, config = (json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("calibration", "config"))
+    assert "finish" not in report and config["quantization_config"]["finish_steps"] == 0
+
+
+@pytest.mark.parametrize("first", ["much memory", "little memory"])
+def test_a_run_is_resumed_with_more_or_less_memory(first, toy, text, tmp_path, monkeypatch):
+    little, out = lambda device: (0, 1000), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("calibrate.complete", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        if first == "little memory":
+            patch.setattr("support.plan.peak_and_total", little)
+        assert "the same command resumes there" in call(main, *command(toy, text, out)).err
+    if first == "much memory":
+        monkeypatch.setattr("support.plan.peak_and_total", little)
+    assert call(main, *command(toy, text, out)).code == 0
+    report, config = (json.loads((out / f"{name}.json").read_text()) for name in ("calibration", "config"))
+    assert "finish" in report and config["quantization_config"]["finish_steps"] == 4
+
+
+def test_space_for_a_finish_that_does_not_fit_is_not_asked_for(toy, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("support.plan.peak_and_total", lambda device: (0, 1000))
+    result = call(main, *command(toy, text, tmp_path / "out"), "--finish-steps", 10**6, "--dry-run")
+    assert result.code == 0 and "without the finish" in result.out and "states in memory" not in result.out
 
 
 def test_levels_that_are_fixed_have_no_finish():

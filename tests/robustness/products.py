@@ -71,7 +71,8 @@ def product(layer: BCQLinear, x: torch.Tensor, path: str) -> torch.Tensor:
     """By one path, past `BCQLinear.forward`; "fast on cpu" and the like are kernel.cu compiled by g++."""
     if path.endswith(" on cpu"):
         return multiply_by_emulated_cuda(layer, x, path.removesuffix(" on cpu"))
-    return library().multiply(x, layer.bit_planes, layer.alpha, layer.shift, layer.out_features, path)
+    library()  # loads the operator
+    return torch.ops.flexbcq.multiply(x, layer.bit_planes, layer.alpha, layer.shift, layer.out_features, path)
 
 
 def exact_weight(layer: BCQLinear) -> torch.Tensor:

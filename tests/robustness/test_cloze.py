@@ -89,6 +89,7 @@ def test_mmlu_by_the_texts_of_the_answers(model, tmp_path):
         ('{"context": 1, "continuation": "a"}', "is not an item"),
         ('{"query": "a", "choices": ["b", "c"], "gold": 2}', "is not an item"),
         ('{"query": "a", "choices": ["b", 3], "gold": 0}', "is not an item"),
+        ('{"sentence_good": "", "sentence_bad": "a"}', "is not an item"),
     ],
     ids=str,
 )
@@ -96,6 +97,23 @@ def test_a_file_that_is_not_a_task_is_said(content, message, model, tmp_path):
     (tmp_path / "items.jsonl").write_text(content)
     result = call(main, "--model", model, "--task", tmp_path / "items.jsonl")
     assert result.code == 2 and message in result.err.strip().splitlines()[-1]
+
+
+def test_an_item_is_of_one_kind_whatever_else_it_holds(model):
+    items = [KINDS["multiple choice"]() for _ in range(3)]
+    more = [item | {"continuation": 3, "id": 7} for item in items]
+    assert [continuations(item) for item in more] == [continuations(item) for item in items]
+    checkpoint, tokenizer = Checkpoint(model), load_tokenizer(model)
+    found, same = (list(answers(checkpoint, checkpoint.model(), tokenizer, x)) for x in (more, items))
+    assert found == same
+
+
+def test_acc_norm_is_given_where_every_item_has_choices(model, tmp_path):
+    items = [KINDS["multiple choice"](), KINDS["pairs"]()]
+    for name, these in (("choices", items[:1]), ("both", items), ("reversed", items[::-1])):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, these)))
+        said = call(main, "--model", model, "--task", tmp_path / name).out
+        assert said.startswith("accuracy ") and ("acc_norm" in said) == (name == "choices")
 
 
 def test_a_folder_without_tasks_is_said(model, tmp_path):
@@ -111,6 +129,9 @@ def test_a_tokenizer_of_another_model_is_said(model, tmp_path):
     (tmp_path / "items.jsonl").write_text(json.dumps(KINDS["pairs"]()))
     result = call(main, "--model", small, "--task", tmp_path / "items.jsonl")
     assert result.code == 2 and "belong to different models?" in result.err
+    negative = edit_config(shutil.copytree(model, tmp_path / "negative"), bos_token_id=-1)
+    result = call(main, "--model", negative, "--task", tmp_path / "items.jsonl")
+    assert result.code == 2 and "there is a token -1, config.json says vocab_size 2048" in result.err
 
 
 def test_items_that_do_not_fit_are_counted(toy, tmp_path):

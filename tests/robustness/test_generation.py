@@ -116,7 +116,8 @@ def test_tokens_are_drawn_at_the_temperature(coin):
 TEMPLATES = {
     "roles": "{% for m in messages %}\n  <{{ m['role'] }}>{{ m.content | trim }}\n{% endfor %}\n"
     "{% if add_generation_prompt %}<assistant>{% endif %}",
-    "special tokens": "{{ bos_token }}{{ messages[0].content | tojson }}{{ eos_token }}",
+    "special tokens": "{{ bos_token }}{{ messages[0].content | tojson }}{{ eos_token }}{{ sep_token }}",
+    "no tools": "{% if tools is not none or documents is not none %}tools{% else %}none{% endif %}",
     "a loop that ends": "{% for i in range(9) %}{% if i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}",
     "the year": "{{ strftime_now('%Y') }}{% generation %}a{% endgeneration %}{% if tools %}tools{% endif %}",
 }
@@ -130,7 +131,7 @@ def test_a_chat_template_gives_the_text_of_transformers(name, kind, toy, tmp_pat
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": {"content": "<|end|>", "__type": "AddedToken"},
     }
-    settings["eos_token"] = "<|end|>"
+    settings |= {"eos_token": "<|end|>", "sep_token": None}
     if kind == "file":
         (model / "chat_template.jinja").write_text(template)
         settings["chat_template"] = "the file counts"
@@ -179,3 +180,14 @@ def test_a_chat_template_that_cannot_be_used_is_said(case, toy, tmp_path):
 def test_an_option_that_would_do_nothing_is_refused(option, others, toy):
     result = call(main, "--model", toy, *option.split())
     assert result.code == 2 and f"error: {option.split()[0]}: belongs to {others}; give that too" in result.err
+
+
+@pytest.mark.parametrize(
+    "option, other",
+    [("--text x", "--prompt def"), ("--text x", "--task x"), ("--text x", "--mmlu x"), ("--seq-len 8", "--prompt def")]
+    + [("--shots 3", "--cloze --mmlu x")],
+)
+def test_an_option_that_another_makes_void_is_refused(option, other, toy):
+    result = call(main, "--model", toy, *option.split(), *other.split())
+    message = f"error: {option.split()[0]}: means nothing with {other.split()[0]}; leave it out"
+    assert result.code == 2 and message in result.err

@@ -158,10 +158,10 @@ def test_damaged_shard_is_named_and_nothing_is_deleted(begun, toy, text):
 
 def test_folder_of_somebody_else_is_left_alone(toy, text, tmp_path):
     (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "precious").write_text("data")
+    (tmp_path / "out.partial" / "precious.tmp").write_text("data")
     result = call(main, *command(toy, text, tmp_path / "out"))
     assert result.code == 2 and "holds no calibration.json, so it is no run; give another --out" in result.err
-    assert snapshot(tmp_path) == {"out.partial/precious": b"data"}
+    assert snapshot(tmp_path) == {"out.partial/precious.tmp": b"data"}
 
 
 def test_second_process_on_one_output_is_refused(begun, toy, text):
