@@ -339,14 +339,15 @@ def test_damaged_model(case, command, toy, text, tmp_path):
     assert_refused(result, message, tmp_path, before)
 
 
-@pytest.mark.parametrize("options", [[], ["--prompt", "def", "--tokens", "5"]], ids=["text", "prompt"])
+@pytest.mark.parametrize("mode", ["text", "prompt"])
 @pytest.mark.parametrize("case", PACKED)
-def test_damaged_packed_model(case, options, packed, text, tmp_path):
+def test_damaged_packed_model(case, mode, packed, text, tmp_path):
     spoil, message = PACKED[case]
     model = shutil.copytree(packed, tmp_path / "model")
     spoil(model)
     before = snapshot(tmp_path)
-    assert_refused(call(eval.main, "--model", model, "--text", text, *options), message, tmp_path, before)
+    options = ["--text", text] if mode == "text" else ["--prompt", "def", "--tokens", 5]
+    assert_refused(call(eval.main, "--model", model, *options), message, tmp_path, before)
 
 
 @pytest.mark.parametrize("case", TEXTS)
