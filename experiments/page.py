@@ -420,8 +420,8 @@ Measured on {"; ".join(machines)}; torch {first["versions"]["torch"]}.
 ## Side by side
 
 gptq is error feedback with uniform levels over the whole range of a group, as published; bcq has error feedback and
-fitted levels, without training; flexround is trained with uniform levels; paper is `--method flexbcq --paper`, without what is ours. Bits are those of bit-planes, in
-brackets those that a uniform method takes in a format of its own.
+fitted levels, without training; flexround is trained with uniform levels; paper is `--method flexbcq --paper`, without
+what is ours. Bits are those of bit-planes, in brackets those that a uniform method takes in a format of its own.
 
 {main_table(runs)}
 
