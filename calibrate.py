@@ -40,7 +40,7 @@ from support import parallel
 from support.checkpoint import Checkpoint, whole_file, write_json
 from support.command import coarse_products, guarded, named
 from support.data import batches, empty_activations, load_texts
-from support.finish import finish
+from support.finish import finish, leave_out
 from support.plan import (
     check_layers,
     check_perplexity,
@@ -466,7 +466,7 @@ def complete(checkpoint: Checkpoint, windows: Tensor, settings: Settings, folder
         if settings.dequantized:
             dequantize_blocks(checkpoint, folder, settings)
         quantization = {"quant_method": "flexbcq"} | settings.decisive() | versions
-        if "finish" not in report:
+        if not report.get("finish"):
             quantization["finish_steps"] = 0
         write_rest(checkpoint, folder, settings, None if settings.dequantized else quantization)
     parallel.wait()
@@ -500,13 +500,16 @@ def run(settings: Settings) -> None:
 
     texts = {"calibration text": torch.cat((samples, others)), "evaluation text": windows}
     with resumable(settings, checkpoint, texts) as (folder, report):
-        earlier = [*report["blocks"], report.get("finish", {"seconds": 0})]
+        earlier = [*report["blocks"], report.get("finish") or {"seconds": 0}]
         start -= sum(record["seconds"] for record in earlier)
         if settings.baselines:
             measure_baselines(checkpoint, windows, settings, report["perplexity"])
         calibrate(checkpoint, samples, settings, folder, report)
-        if settings.finish_steps and (fits or "finish" in report):
-            finish(checkpoint, others, settings, folder, report)
+        if settings.finish_steps:
+            if report.get("finish", fits):  # what an earlier run has decided stays so
+                finish(checkpoint, others, settings, folder, report)
+            else:
+                leave_out(folder, report)
         complete(checkpoint, windows, settings, folder, report)
         report |= {"text": eval_name, "eval_seq_len": settings.eval_seq_len, "eval_windows": len(windows)}
         report |= {"seconds": time.perf_counter() - start}

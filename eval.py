@@ -20,6 +20,7 @@ if __name__ == "__main__":
 import argparse
 import math
 import time
+from dataclasses import fields
 from functools import partial
 from typing import Callable, Iterator, NamedTuple
 
@@ -42,11 +43,16 @@ from support.settings import Evaluation, add_options, flag
 from support.tasks import accuracy, load_model, subjects, table
 
 BESIDE = {  # option -> those that it means nothing without
-    **dict.fromkeys(("tokens", "temperature", "seed", "chat"), ("prompt",)),
+    **dict.fromkeys(("tokens", "temperature", "chat"), ("prompt",)),
+    "seed": ("temperature",),
     **dict.fromkeys(("cloze", "shots"), ("mmlu",)),
     "limit": ("task", "mmlu"),
 }
-AGAINST = {"text": ("prompt", "task", "mmlu"), "seq_len": ("prompt",), "shots": ("cloze",)}  # and those beside which
+AGAINST = {  # option -> those that make it void
+    "text": ("prompt", "task", "mmlu"),
+    "seq_len": ("prompt",),
+    "shots": ("cloze",),
+}
 
 
 @torch.inference_mode()
@@ -217,13 +223,13 @@ def answer(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: Evaluation, s
 
 def run(settings: Evaluation) -> None:
     """Measure what was asked for and print it. Raises ValueError or OSError with one line."""
-    for name, others in BESIDE.items():
-        if getattr(settings, name) != getattr(Evaluation, name) and all(getattr(settings, o) is None for o in others):
-            raise ValueError(f"{flag(name)}: belongs to {' or '.join(map(flag, others))}; give that too")
-    for name, others in AGAINST.items():
-        for other in others:
-            if getattr(settings, name) != getattr(Evaluation, name) and getattr(settings, other) not in (None, False):
-                raise ValueError(f"{flag(name)}: means nothing with {flag(other)}; leave it out")
+    given = {f.name for f in fields(Evaluation) if getattr(settings, f.name) != f.default}
+    for name in given & BESIDE.keys():
+        if given.isdisjoint(BESIDE[name]):
+            raise ValueError(f"{flag(name)}: belongs to {' or '.join(map(flag, BESIDE[name]))}; give that too")
+    for name in given & AGAINST.keys():
+        for other in given.intersection(AGAINST[name]):
+            raise ValueError(f"{flag(name)}: means nothing with {flag(other)}; leave it out")
     if sum(x is not None for x in (settings.prompt, settings.task, settings.mmlu, settings.against)) > 1:
         raise ValueError("--prompt, --task, --mmlu and --against: give only one of them")
     forced_path()  # is it one?

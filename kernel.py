@@ -149,7 +149,7 @@ def compiled_name(with_cuda: bool) -> str:
 
 
 class Library(NamedTuple):
-    """The compiled kernels; loaded, they are the operator torch.ops.flexbcq.multiply."""
+    """What the compiled kernels offer; the product itself is torch.ops.flexbcq.multiply."""
 
     cpu_paths: list[str]
     has_cuda: bool

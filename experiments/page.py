@@ -312,7 +312,8 @@ def ablation_table(runs: dict) -> str:
         for switch in switches:
             value, share = ablated(runs, switch)
             if not math.isnan(value):
-                rows.append((question, switch and f"`{switch}`", f"{value:.2f}", f"{share:+.1%}" if switch else ""))
+                more = f"{share:+.1%}".replace("-0.0%", "+0.0%") if switch else ""
+                rows.append((question, switch and f"`{switch}`", f"{value:.2f}", more))
     return lines(*rows)
 
 

@@ -73,7 +73,7 @@ def kept(report: dict, measured_on: str) -> dict:
     """What the store keeps of a report of calibrate.py."""
     names = ("perplexity", "bits_per_weight", "seconds", "cpu_seconds", "peak_bytes", "eval_windows", "versions")
     record = {name: report[name] for name in names}
-    record |= {"divergence": report["finish"]["divergence"]} if "finish" in report else {}
+    record |= {"divergence": report["finish"]["divergence"]} if report.get("finish") else {}
     if "moves" in report["blocks"][0]:
         moves = zip(*(block["moves"] for block in report["blocks"]))
         record["moves"] = [statistics.mean(shares) for shares in moves]
@@ -180,7 +180,7 @@ def measure_all(
             return  # another process has made it since
         record = measure(chosen, model, data, tasks, device, threads)
         with changing_store() as store:
-            store["runs"][chosen] = record
+            store["runs"][chosen] = store["runs"].get(chosen, {}) | record
 
     missing = [chosen for chosen in page.wanted(with_model=bool(model)) if is_missing(chosen, store["runs"])][:n_runs]
     with ThreadPoolExecutor(n_jobs) as pool:

@@ -28,21 +28,31 @@ from support.checkpoint import Checkpoint
 from support.data import encode_prompt, read_text
 from support.tasks import LETTERS, log_probability, read_questions, subjects
 
+KINDS = (  # what the items of a task hold
+    {"query": str, "choices": list, "gold": int},
+    {"sentence_good": str, "sentence_bad": str},
+    {"context": str, "continuation": str},
+)
 
-def is_item(x: object) -> bool:
-    """Whether x, read from JSON, is an item of a task.
 
-    >>> is_item({"query": "Is it?", "choices": ["yes", "no"], "gold": 1}), is_item({"query": "Is it?"})
-    (True, False)"""
+def is_sound(item: dict) -> bool:
+    """Whether an item can be answered."""
+    if "choices" in item:
+        choices = item["choices"]
+        return item["gold"] in range(len(choices)) and all(isinstance(choice, str) for choice in choices)
+    return "" not in (item.get("sentence_good"), item.get("sentence_bad"))
 
-    def holds(**kinds: type) -> bool:
-        return isinstance(x, dict) and all(isinstance(x.get(key), kind) for key, kind in kinds.items())
 
-    if holds(query=str, choices=list, gold=int):
-        return x["gold"] in range(len(x["choices"])) and all(isinstance(choice, str) for choice in x["choices"])
-    if holds(sentence_good=str, sentence_bad=str):
-        return bool(x["sentence_good"] and x["sentence_bad"])
-    return holds(context=str, continuation=str)
+def item_of(x: object) -> dict | None:
+    """The part of x, read from JSON, that makes it an item of a task; None if it is none.
+
+    >>> item_of({"query": "Is it?", "choices": ["yes", "no"], "gold": 1, "id": 7}), item_of({"query": "Is it?"})
+    ({'query': 'Is it?', 'choices': ['yes', 'no'], 'gold': 1}, None)"""
+    for kind in KINDS if isinstance(x, dict) else ():
+        if all(isinstance(x.get(key), form) for key, form in kind.items()):
+            item = {key: x[key] for key in kind}
+            return item if is_sound(item) else None
+    return None
 
 
 def read_items(path: Path, limit: int | None = None) -> list[dict]:
@@ -54,11 +64,14 @@ def read_items(path: Path, limit: int | None = None) -> list[dict]:
     for file in files:
         lines = [(n, line) for n, line in enumerate(read_text(file).split("\n"), 1) if line.strip()]
         for n, line in lines[:limit]:
+            item = None
             with contextlib.suppress(ValueError, RecursionError):
-                items.append(json.loads(line))
-                if is_item(items[-1]):
-                    continue
-            raise ValueError(f"{file}: line {n}, {line:.40}, is not an item of a task; support/cloze.py says what is")
+                item = item_of(json.loads(line))
+            if item is None:
+                raise ValueError(
+                    f"{file}: line {n}, {line:.40}, is not an item of a task; support/cloze.py says what is"
+                )
+            items.append(item)
     return items
 
 
@@ -117,7 +130,7 @@ def answers(
         texts = [text for _, text in continuations(item)]
         values = [next(found) for _ in texts]
         is_cut = any([too_long.pop(0) for _ in texts])
-        if "gold" not in item and len(texts) == 1:
+        if "continuation" in item:
             yield values[0].greedy, values[0].greedy, is_cut
         else:
             gold = item.get("gold", 0)  # of a pair, the first is the good one

@@ -217,3 +217,11 @@ def finish(checkpoint: Checkpoint, ids: Tensor, settings: Settings, folder: Path
         for file in sorted(staged.glob("*.safetensors")):
             file.replace(folder / file.name)
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def leave_out(folder: Path, report: dict) -> None:
+    """Note that there is no finish, for lack of memory, so that a resumed run does not begin one later."""
+    report["finish"] = None
+    if parallel.rank() == 0:
+        write_json(folder / REPORT, report)
+        shutil.rmtree(folder / "finish", ignore_errors=True)  # of a run that was killed in it

@@ -181,7 +181,7 @@ def finish_fits(checkpoint: Checkpoint, settings: Settings, weights: int) -> boo
     print(f"--finish-steps {settings.finish_steps}: {needed / 1e9:.3f} GB of {total / 1e9:.1f} GB, beside one block")
     fits = parallel.mean(needed < total) == 1
     if not fits:
-        print("that is more than there is: without the finish")
+        print("that is too little, here or on another device: without the finish")
     return fits
 
 

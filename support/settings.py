@@ -101,7 +101,7 @@ class Settings:
         "learning rate of the finish, in units of each group's mean alpha",
         0,
         1,
-        shown="1e-3, and with --group-size N times min(1, N / 64 * 8^(3 - bits))",
+        shown="1e-3; with --group-size N multiplied by min(1, N / 64 * 8^(3 - bits))",
     )
 
     text: Path | None = files(

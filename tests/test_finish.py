@@ -198,29 +198,38 @@ def test_samples_of_the_blocks_are_the_same_with_and_without_a_finish(runs):
 def test_a_model_that_does_not_fit_is_quantized_without(toy, text, tmp_path, monkeypatch):
     monkeypatch.setattr("support.plan.peak_and_total", lambda device: (0, 1000))
     result = call(main, *command(toy, text, tmp_path / "out"))
-    assert result.code == 0 and "more than there is: without the finish" in result.out
+    assert result.code == 0 and "too little, here or on another device: without the finish" in result.out
     report, config = (json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("calibration", "config"))
-    assert "finish" not in report and config["quantization_config"]["finish_steps"] == 0
+    assert report["finish"] is None and config["quantization_config"]["finish_steps"] == 0
 
 
-@pytest.mark.parametrize("first", ["much memory", "little memory"])
-def test_a_run_is_resumed_with_more_or_less_memory(first, toy, text, tmp_path, monkeypatch):
-    little, out = lambda device: (0, 1000), tmp_path / "out"
+def fail(*_):
+    raise OSError("disk full")
+
+
+@pytest.mark.parametrize("dies", ["calibrate.finish", "support.finish.write_json", "calibrate.complete"])
+@pytest.mark.parametrize("memory", [("much", "little"), ("little", "much")], ids="then".join)
+def test_a_run_is_resumed_with_more_or_less_memory(memory, dies, toy, text, tmp_path, monkeypatch):
+    """What counts is the memory where the blocks are done: before that, there or after."""
+    sizes, out = {"much": (0, 10**12), "little": (0, 1000)}, tmp_path / "out"
+    if memory[0] == "little" and dies == "calibrate.finish":
+        dies = "calibrate.leave_out"
     with monkeypatch.context() as patch:
-        patch.setattr("calibrate.complete", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-        if first == "little memory":
-            patch.setattr("support.plan.peak_and_total", little)
+        patch.setattr("support.plan.peak_and_total", lambda device: sizes[memory[0]])
+        patch.setattr(dies, fail)
         assert "the same command resumes there" in call(main, *command(toy, text, out)).err
-    if first == "much memory":
-        monkeypatch.setattr("support.plan.peak_and_total", little)
+    monkeypatch.setattr("support.plan.peak_and_total", lambda device: sizes[memory[1]])
     assert call(main, *command(toy, text, out)).code == 0
+
+    decided_by = memory[0] if dies == "calibrate.complete" else memory[1]
     report, config = (json.loads((out / f"{name}.json").read_text()) for name in ("calibration", "config"))
-    assert "finish" in report and config["quantization_config"]["finish_steps"] == 4
+    assert bool(report["finish"]) == (decided_by == "much") and not (out / "finish").exists()
+    assert config["quantization_config"]["finish_steps"] == (4 if report["finish"] else 0)
 
 
 def test_space_for_a_finish_that_does_not_fit_is_not_asked_for(toy, text, tmp_path, monkeypatch):
     monkeypatch.setattr("support.plan.peak_and_total", lambda device: (0, 1000))
-    result = call(main, *command(toy, text, tmp_path / "out"), "--finish-steps", 10**6, "--dry-run")
+    result = call(main, *command(toy, text, tmp_path / "out"), "--dry-run")
     assert result.code == 0 and "without the finish" in result.out and "states in memory" not in result.out
 
 

@@ -174,8 +174,14 @@ def test_a_chat_template_that_cannot_be_used_is_said(case, toy, tmp_path):
 
 @pytest.mark.parametrize(
     "option, others",
-    [("--chat", "--prompt"), ("--tokens 8", "--prompt"), ("--temperature 0.5", "--prompt"), ("--seed 1", "--prompt")]
-    + [("--cloze", "--mmlu"), ("--shots 0", "--mmlu"), ("--limit 3", "--task or --mmlu")],
+    [("--chat", "--prompt"), ("--tokens 8", "--prompt"), ("--temperature 0.5", "--prompt")]
+    + [
+        ("--seed 1", "--temperature"),
+        ("--seed 1 --prompt x", "--temperature"),
+        ("--cloze", "--mmlu"),
+        ("--shots 0", "--mmlu"),
+        ("--limit 3", "--task or --mmlu"),
+    ],
 )
 def test_an_option_that_would_do_nothing_is_refused(option, others, toy):
     result = call(main, "--model", toy, *option.split())

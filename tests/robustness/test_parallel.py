@@ -150,6 +150,20 @@ calibrate.quantize_layers = differently
 """
 
 
+LITTLE_MEMORY = """
+from support import plan
+peak_and_total = plan.peak_and_total
+plan.peak_and_total = lambda device: (0, 1000) if parallel.rank() else peak_and_total(device)
+"""
+
+
+@slow
+def test_no_process_begins_a_finish_that_does_not_fit_on_the_device_of_another(options, planted, tmp_path):
+    options = [*options, "--finish-steps", "4", "--no-baselines", "--out", tmp_path / "out"]
+    result = torchrun(*options, program=planted(LITTLE_MEMORY))
+    assert result.returncode == 0 and report(tmp_path / "out")["finish"] is None, result.stderr
+
+
 @slow
 def test_all_start_training_from_what_the_first_has_initialized(options, two, planted, tmp_path):
     """GPUs may round differently; here the other process initializes something else altogether."""
