@@ -28,7 +28,6 @@ constexpr int64_t PIECE = 8;         // rows of x that the kernels multiply at o
 constexpr int64_t FEW = 32;          // rows of x up to which pieces are faster than dequantizing, about
 constexpr int64_t FEW_ON_GPU = 64;   // the same on a GPU, by arithmetic (docs/kernels.md)
 constexpr int64_t BUFFER = 4 << 20;  // bytes of dequantized weights at once; they should stay in a cache
-constexpr int64_t ROWS = 128;        // of x, multiplied with them at once; in float32 more was slower (Sapphire Rapids, MKL)
 
 static void check(const at::Tensor& x, const at::Tensor& planes, const at::Tensor& alpha, const at::Tensor& shift,
                   int64_t out_features) {
@@ -105,7 +104,6 @@ static at::Tensor multiply_dequantized(const at::Tensor& x, const Job& job, cons
     const int64_t together = std::clamp<int64_t>(BUFFER / (columns * TILE * 4), 1, 8);  // tiles
     const auto buffer = at::empty({columns, together * TILE}, rows.options().dtype(at::kFloat));
     float* out = buffer.mutable_data_ptr<float>();
-    const int64_t most = rows.scalar_type() == at::kFloat ? ROWS : x.size(0);  // rows of x at once
 
     for (int64_t t = 0; t < job.tiles; t += together) {
         const int64_t end = std::min(t + together, job.tiles);
@@ -113,12 +111,8 @@ static at::Tensor multiply_dequantized(const at::Tensor& x, const Job& job, cons
         parallel(end - t, [&](int64_t first, int64_t last) {
             for (int64_t k = first; k < last; k++) path.dequantize_tile(job, t + k, out + k * TILE, together * TILE);
         });
-        const auto weights = buffer.narrow(1, 0, width).to(rows.scalar_type());
-        for (int64_t b = 0; b < x.size(0); b += most) {
-            const int64_t n = std::min(most, x.size(0) - b);
-            auto part = y.narrow(0, b, n).narrow(1, t * TILE, width);
-            at::mm_out(part, rows.narrow(0, b, n), weights);
-        }
+        auto part = y.narrow(1, t * TILE, width);
+        at::mm_out(part, rows, buffer.narrow(1, 0, width).to(rows.scalar_type()));
     }
     return y.to(x.scalar_type());
 }
