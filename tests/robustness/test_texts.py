@@ -10,6 +10,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from eval import perplexity
+from experiments import page
 from support.checkpoint import Checkpoint
 from support.data import OVERLAP, cut, encode, load_text, load_tokenizer, tokenize
 from support.settings import TINY
@@ -108,9 +109,9 @@ def test_the_pages_say_the_perplexity_of_the_bundled_original_and_on_how_many_wi
     windows = cut(tokenize(load_tokenizer(TINY), text, name, 512), 512)[::6]  # as in `load_texts`
     value = perplexity(Checkpoint(TINY), windows)
 
-    readme, results = ((ROOT / page).read_text("utf-8") for page in ("README.md", "RESULTS.md"))
+    readme, results = ((ROOT / name).read_text("utf-8") for name in ("README.md", "RESULTS.md"))
     store = json.loads((ROOT / "experiments" / "results.json").read_text("utf-8"))
-    run = next(run for chosen, run in store["runs"].items() if chosen == "--samples 64 --bits 3")
+    run = store["runs"][page.ablation()]
     is_same = run["versions"]["python"] == platform.python_version()
     printed = float(re.search(r"original +([\d.]+)", readme)[1])
     n_printed = int(re.search(rf"{name}, seq_len 512, (\d+) windows", readme)[1])
