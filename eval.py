@@ -224,12 +224,13 @@ def answer(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: Evaluation, s
 def run(settings: Evaluation) -> None:
     """Measure what was asked for and print it. Raises ValueError or OSError with one line."""
     given = {f.name for f in fields(Evaluation) if getattr(settings, f.name) != f.default}
-    for name in given & BESIDE.keys():
-        if given.isdisjoint(BESIDE[name]):
-            raise ValueError(f"{flag(name)}: belongs to {' or '.join(map(flag, BESIDE[name]))}; give that too")
-    for name in given & AGAINST.keys():
-        for other in given.intersection(AGAINST[name]):
-            raise ValueError(f"{flag(name)}: means nothing with {flag(other)}; leave it out")
+    for name, others in BESIDE.items():
+        if name in given and given.isdisjoint(others):
+            raise ValueError(f"{flag(name)}: belongs to {' or '.join(map(flag, others))}; give that too")
+    for name, others in AGAINST.items():
+        for other in others:
+            if {name, other} <= given:
+                raise ValueError(f"{flag(name)}: means nothing with {flag(other)}; leave it out")
     if sum(x is not None for x in (settings.prompt, settings.task, settings.mmlu, settings.against)) > 1:
         raise ValueError("--prompt, --task, --mmlu and --against: give only one of them")
     forced_path()  # is it one?

@@ -86,12 +86,12 @@ def continuations(item: dict) -> list[tuple[str, str]]:
 
     >>> continuations({"query": "Question: Is it?", "choices": ["yes", "no"], "gold": 1})
     [('Question: Is it?\\nAnswer:', ' yes'), ('Question: Is it?\\nAnswer:', ' no')]"""
-    if "choices" in item:
-        context = item["query"].rstrip("\n") + "\nAnswer:"
-        return [(context, f" {choice}") for choice in item["choices"]]
     if "sentence_good" in item:
         return [("", item["sentence_good"]), ("", item["sentence_bad"])]
-    return [(item["context"], " " + item["continuation"].strip())]
+    if "continuation" in item:
+        return [(item["context"], " " + item["continuation"].strip())]
+    context = item["query"].rstrip("\n") + "\nAnswer:"
+    return [(context, f" {choice}") for choice in item["choices"]]
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, first: int) -> tuple[list[int], int]:

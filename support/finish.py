@@ -34,6 +34,7 @@ from support.resume import REPORT, read_block, write_block
 from support.settings import HELD_OUT, Settings
 
 HEAD_TOKENS = 512  # whose logits are in memory at a time
+STAGED = "finish"  # folder of the new files, until all are there
 
 
 class FixedCodesLinear(nn.Module):
@@ -192,7 +193,7 @@ def finish(checkpoint: Checkpoint, ids: Tensor, settings: Settings, folder: Path
 
     ids: (HELD_OUT + samples, seq_len); the new files replace the old ones only when all are there, so that a run which
     is killed at any moment starts from the blocks, or from what is finished"""
-    staged, start = folder / "finish", time.perf_counter()
+    staged, start = folder / STAGED, time.perf_counter()
     parallel.wait()  # the first process writes the last block while the others are here already
     if "finish" not in report:
         blocks = []
@@ -224,4 +225,4 @@ def leave_out(folder: Path, report: dict) -> None:
     report["finish"] = None
     if parallel.rank() == 0:
         write_json(folder / REPORT, report)
-        shutil.rmtree(folder / "finish", ignore_errors=True)  # of a run that was killed in it
+        shutil.rmtree(folder / STAGED, ignore_errors=True)  # of a run that was killed in it

@@ -134,7 +134,7 @@ class Settings:
             raise ValueError("--method rtn --feedback-passes: rtn with error feedback is --method gptq")
         if self.method == "gptq" and not self.feedback_passes:
             raise ValueError(
-                "--method gptq: is rtn with error feedback; leave out --feedback-passes 0, or --paper, which sets it"
+                "--method gptq: without error feedback it is --method rtn; leave out --feedback-passes 0, or --paper"
             )
         if self.feedback_passes > 1 and not WITH_GPTQ[self.method][1]:
             raise ValueError(
