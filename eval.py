@@ -40,6 +40,7 @@ from support.command import check_device, guarded
 from support.data import batches, cut, encode_prompt, load_text, load_tokenizer, resolve_seq_len, tokenize
 from support.hub import model_folder
 from support.settings import Evaluation, add_options, flag
+from support.stack import stack_layers
 from support.tasks import accuracy, load_model, subjects, table
 
 BESIDE = {  # option -> those that it means nothing without
@@ -177,7 +178,8 @@ def generate(
 
     on_gpu, packed = torch.device(device).type == "cuda", checkpoint.config.quantization is not None
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    model = checkpoint.model(dtype, device, head_dtype=torch.bfloat16 if on_gpu or packed else torch.float32)
+    head_dtype = torch.bfloat16 if on_gpu or packed else torch.float32
+    model = stack_layers(checkpoint.model(dtype, device, head_dtype))
     model.generate(ids, 2)  # warm up, the prompt and a single token; compiles the kernels if need be
 
     generator, tokens = torch.Generator(device).manual_seed(settings.seed), list(known)

@@ -158,6 +158,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias="k_proj" in config.biases)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias="v_proj" in config.biases)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias="o_proj" in config.biases)
+        self.qkv = None  # or the first three as one layer: support/stack.py
         if config.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
@@ -167,9 +168,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
         """x: (batch, n_new, hidden_size); cos, sin: (n_new, head_dim) of the positions of x. Same shape out."""
         batch, n_new, _ = x.shape
-        q = self.q_proj(x).view(batch, n_new, -1, self.head_dim).transpose(1, 2)  # (batch, n_heads, n_new, head_dim)
-        k = self.k_proj(x).view(batch, n_new, -1, self.head_dim).transpose(1, 2)  # (batch, n_kv_heads, n_new, head_dim)
-        v = self.v_proj(x).view(batch, n_new, -1, self.head_dim).transpose(1, 2)  # (batch, n_kv_heads, n_new, head_dim)
+        q, k, v = self.qkv(x) if self.qkv else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q = q.view(batch, n_new, -1, self.head_dim).transpose(1, 2)  # (batch, n_heads, n_new, head_dim)
+        k = k.view(batch, n_new, -1, self.head_dim).transpose(1, 2)  # (batch, n_kv_heads, n_new, head_dim)
+        v = v.view(batch, n_new, -1, self.head_dim).transpose(1, 2)  # (batch, n_kv_heads, n_new, head_dim)
 
         q, k = self.q_norm(q), self.k_norm(k)
         if self.use_rope:
@@ -199,9 +201,11 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(size, width, bias="gate_proj" in config.biases)
         self.up_proj = nn.Linear(size, width, bias="up_proj" in config.biases)
         self.down_proj = nn.Linear(width, size, bias="down_proj" in config.biases)
+        self.gate_up = None  # or the first two as one layer: support/stack.py
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up(x) if self.gate_up else (self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):

@@ -29,6 +29,7 @@ from llama import Llama, most_likely
 from support.checkpoint import Checkpoint
 from support.command import check_device, default_device, guarded
 from support.graph import fixed_step
+from support.stack import stack_layers
 
 # prints the milliseconds at which it began and at which each token was there, of the second run
 LLAMA_CPP = """
@@ -98,7 +99,7 @@ def contestants(
 
     on_gpu, found = device.type == "cuda", paths(device.type)
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    small = Checkpoint(packed).model(dtype, device, head_dtype=torch.bfloat16)
+    small = stack_layers(Checkpoint(packed).model(dtype, device, head_dtype=torch.bfloat16))
     large = Checkpoint(original).model(dtype, device)
     theirs = AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16).to(device)
 

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from experiments.kernels import random_layer
 from llama import KVCache, Llama, LlamaConfig, linears, rope_tables
 from support.graph import fixed_step
+from support.stack import stack_layers
 
 ROOM = 40  # tokens
 SHAPE = dict(vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
@@ -38,7 +39,7 @@ class Recording(TorchDispatchMode):
         return self.result
 
 
-def a_model(packed=False, **options) -> Llama:
+def a_model(packed=False, stacked=False, **options) -> Llama:
     """A random Llama whose logits differ by more than rounding."""
     torch.manual_seed(0)
     model = Llama(LlamaConfig(**SHAPE, **options))
@@ -49,12 +50,13 @@ def a_model(packed=False, **options) -> Llama:
         layer.alpha /= 4
         layer.shift /= 16
         model.model.set_submodule(name, layer)
-    return model
+    return stack_layers(model) if stacked else model
 
 
 MODELS = {
     "plain": dict(),
     "packed": dict(packed=True),
+    "packed, stacked": dict(packed=True, stacked=True),
     "grouped heads, in part without RoPE": dict(num_key_value_heads=2, layers_without_rope=(1,), qk_norm=True),
 }
 
