@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernel import forced_path
-from llama import Block, most_likely, rope_tables
+from llama import Block, Llama, most_likely, rope_tables
 from support import parallel
 from support.chat import as_chat
 from support.checkpoint import Checkpoint
@@ -154,32 +154,47 @@ class Speed(NamedTuple):
     gigabytes_per_second: float  # of weights; every token reads every weight once
 
 
-def generate(
-    checkpoint: Checkpoint, tokenizer: Tokenizer, settings: Evaluation, device, show: Callable[[str], None]
-) -> Speed:
-    """Continue the prompt up to the end of the text: the likeliest token, or one drawn at a temperature.
+def text_model(checkpoint: Checkpoint, device: torch.device) -> Llama:
+    """The model as it writes text: in float32 on a CPU and in bfloat16 on a GPU, its layers stacked; embedding and head
+    of a packed model are bfloat16 on a CPU too."""
+    on_gpu, packed = device.type == "cuda", checkpoint.config.quantization is not None
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    return stack_layers(checkpoint.model(dtype, device, head_dtype=torch.bfloat16 if packed else dtype))
 
-    show: gets the prompt as it is given, then the continuation as it comes, in pieces of whole characters
-    The original runs in float32 on a CPU and in bfloat16 on a GPU; embedding and head of a packed model stay bfloat16
-    on a CPU too. Raises ValueError if prompt and continuation do not fit into the model's context."""
-    prompt, n_tokens, context = settings.prompt, settings.tokens, checkpoint.config.max_position_embeddings
+
+def prompt_tokens(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: Evaluation) -> list[int]:
+    """The prompt as tokens. Raises ValueError if there are none, or they and the continuation do not fit into the
+    model's context."""
     if settings.chat:
-        known = tokenizer.encode(as_chat(checkpoint.folder, prompt), add_special_tokens=False).ids
+        known = tokenizer.encode(as_chat(checkpoint.folder, settings.prompt), add_special_tokens=False).ids
     else:
-        known = encode_prompt(tokenizer, prompt)
+        known = encode_prompt(tokenizer, settings.prompt)
     if not known:
         raise ValueError("--prompt: is empty; give at least one word")
+
+    n_tokens, context = settings.tokens, checkpoint.config.max_position_embeddings
     if len(known) + n_tokens > context:
         raise ValueError(
             f"a prompt of {len(known)} tokens and {n_tokens} more do not fit into the context of {context}; "
             "shorten the prompt or give fewer --tokens"
         )
-    ids = checkpoint.check_ids(torch.tensor([known], device=device))
+    return known
 
-    on_gpu, packed = torch.device(device).type == "cuda", checkpoint.config.quantization is not None
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    head_dtype = torch.bfloat16 if on_gpu or packed else torch.float32
-    model = stack_layers(checkpoint.model(dtype, device, head_dtype))
+
+def generate(
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    settings: Evaluation,
+    device: torch.device,
+    show: Callable[[str], None],
+) -> Speed:
+    """Continue the prompt up to the end of the text: the likeliest token, or one drawn at a temperature.
+
+    show: gets the prompt as it is given, then the continuation as it comes, in pieces of whole characters
+    Raises ValueError as `prompt_tokens` does."""
+    known = prompt_tokens(checkpoint, tokenizer, settings)
+    ids = checkpoint.check_ids(torch.tensor([known], device=device))
+    model = text_model(checkpoint, device)
     model.generate(ids, 2)  # warm up, the prompt and a single token; compiles the kernels if need be
 
     generator, tokens = torch.Generator(device).manual_seed(settings.seed), list(known)
@@ -199,9 +214,9 @@ def generate(
             shown = len(text)
         return new
 
-    show(prompt + "\n\n" * settings.chat)
+    show(settings.prompt + "\n\n" * settings.chat)
     start = time.perf_counter()
-    model.generate(ids, n_tokens, checkpoint.eos_ids(), choose)
+    model.generate(ids, settings.tokens, checkpoint.eos_ids(), choose)
     speed = (len(tokens) - len(known)) / (time.perf_counter() - start)
     show(tokenizer.decode(tokens)[shown:])
 

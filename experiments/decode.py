@@ -1,7 +1,7 @@
-"""Tokens per second of a packed model next to its original, transformers and llama.cpp, taking turns in one run.
+"""Tokens per second of packed models next to their original, transformers and llama.cpp, taking turns in one run.
 
     python -m experiments.decode PACKED ORIGINAL
-    python -m experiments.decode PACKED ORIGINAL --llama-cpp FOLDER
+    python -m experiments.decode PACKED PACKED2 ORIGINAL --llama-cpp FOLDER
 
 Every contestant reads a prompt, then writes tokens one at a time, always the likeliest; OUT.md gets the medians. On a
 GPU ours are timed with and without a CUDA graph (support/graph.py). FOLDER is where `npm install --ignore-scripts
@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from eval import text_model
 from experiments.kernels import positive
 from kernel import paths
 from llama import Llama, most_likely
 from support.checkpoint import Checkpoint
 from support.command import check_device, default_device, guarded
 from support.graph import fixed_step
-from support.stack import stack_layers
 
 # prints the milliseconds at which it began and at which each token was there, of the second run
 LLAMA_CPP = """
@@ -92,21 +92,25 @@ def by_llama_cpp(gguf: Path, ids: Tensor, n_tokens: int) -> list[float]:
 
 
 def contestants(
-    packed: Path, original: Path, llama_cpp: Path | None, device: torch.device
+    packed: list[Path], original: Path, llama_cpp: Path | None, device: torch.device
 ) -> dict[str, Callable[[Tensor, int], list[float]]]:
     """By name, what reads a prompt, writes tokens, and returns the seconds."""
     from transformers import AutoModelForCausalLM  # takes seconds
 
     on_gpu, found = device.type == "cuda", paths(device.type)
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    small = stack_layers(Checkpoint(packed).model(dtype, device, head_dtype=torch.bfloat16))
-    large = Checkpoint(original).model(dtype, device)
+    large = text_model(Checkpoint(original), device)
     theirs = AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16).to(device)
 
-    calls = {f"packed, {p}": partial(ours, small, p, None) for p in (found[0], f"{found[0]}_int8") if p in found}
-    calls[f"original, {str(dtype)[6:]}"] = partial(ours, large, found[0], None)
+    calls = {}
+    for folder in packed:
+        small = text_model(Checkpoint(folder), device)
+        for path in (found[0], f"{found[0]}_int8"):
+            if path in found:
+                calls[f"{folder.name}, {path}"] = partial(ours, small, path, None)
+        if on_gpu:
+            calls[f"{folder.name}, CUDA graph"] = partial(ours, small, found[0], fixed_step)
+    calls["original, bfloat16" if on_gpu else "original, float32"] = partial(ours, large, found[0], None)
     if on_gpu:
-        calls["packed, CUDA graph"] = partial(ours, small, found[0], fixed_step)
         calls["original, CUDA graph"] = partial(ours, large, found[0], fixed_step)
     calls["transformers, bfloat16"] = partial(by_transformers, theirs)
     for gguf in sorted(llama_cpp.resolve().glob("*.gguf")) if llama_cpp else ():
@@ -138,8 +142,8 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tokens per second, side by side.")
     add = parser.add_argument
-    add("packed", type=Path, help="folder written by calibrate.py")
-    add("original", type=Path, help="folder of the model it was made from")
+    add("packed", type=Path, nargs="+", help="folders written by calibrate.py")
+    add("original", type=Path, help="folder of the model they were made from")
     add("--prompt", type=positive, default=512, help="tokens of the prompt (default: %(default)s)")
     add("--tokens", type=positive, default=128, help="tokens to write (default: %(default)s)")
     add("--rounds", type=positive, default=5, help="of which the median counts (default: %(default)s)")

@@ -267,7 +267,7 @@ def task_table(store: dict) -> str:
             mean, error = gain(ours, found[best])
             margins.append(f"{mean:+.1f} ± {error:.1f} points ({best}) at {bits} bits")
 
-    against = f"flexbcq against the best of the others, in the same mean: {', '.join(margins)}." if margins else ""
+    against = f"flexbcq against the best of the others, in the same mean:\n{', '.join(margins)}." if margins else ""
     return f"{lines(*rows)}\n\n{against}".rstrip()
 
 
@@ -278,12 +278,12 @@ def task_section(store: dict) -> str:
     parts = ", ".join(f"{len(store['tasks'][task]):,} items of {task}" for task in TASKS)
     return f"""## Answers
 
-The same models in groups of 64 on a part of three tasks: {parts}, the first of each
-file. Scored as `eval.py --task` does it, in float32, with standard errors; the figures compare these models with each
-other, not with those published for whole tasks. The mean of the three is given as its difference from the original,
-with the standard error of paired differences, since all have answered the same items. KL is the mean divergence from
-the original's next-token distribution in nats, same token the share of positions where both find the same one most
-likely (`eval.py --against`, on {WINDOWS} windows of the test set).
+The same models in groups of 64 on a part of three tasks, the first items of each file:
+{parts}. Scored as `eval.py --task` does it, in float32, with standard
+errors; the figures compare these models with each other, not with those published for whole tasks. The mean of the
+three is given as its difference from the original, with the standard error of paired differences, since all have
+answered the same items. KL is the mean divergence from the original's next-token distribution in nats, same token the
+share of positions where both find the same one most likely (`eval.py --against`, on {WINDOWS} windows of the test set).
 
 {task_table(store)}
 

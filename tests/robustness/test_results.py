@@ -121,7 +121,7 @@ def test_answers_are_compared_item_by_item(made_up):
     text = page.task_table(made_up)
     assert "| original | 100.0 ± 0.0 | 50.0 ± 35.4 | 100.0 ± 0.0 |  |  |  |" in text
     assert "| 3 bits, bcq | 50.0 ± 25.0 | 50.0 ± 35.4 | 100.0 ± 0.0 | -16.7 ± 8.3 | 0.250 | 50.0% |" in text
-    assert "flexbcq against the best of the others, in the same mean: +0.0 ± 0.0 points (rtn) at 3 bits." in text
+    assert "flexbcq against the best of the others, in the same mean:\n+0.0 ± 0.0 points (rtn) at 3 bits." in text
     made_up["runs"].pop(page.options("gptq", 3, -1))
     text = page.task_table(made_up)
     assert "| 3 bits, gptq |  |  |  |  |  |  |" in text and "flexbcq against" not in text
