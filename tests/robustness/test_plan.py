@@ -10,8 +10,11 @@ import torch
 from helpers import FEW_STEPS, call, contents, edit_config
 from safetensors.torch import load_file, save_file
 
-from calibrate import main
-from support.settings import TINY
+from calibrate import main, quantize_layers
+from flexbcq import FlexBCQLinear
+from llama import linears
+from support.checkpoint import Checkpoint
+from support.settings import TINY, Settings
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(toy, text, tmp_path):
@@ -33,6 +36,19 @@ def test_wrong_rope_shows_in_the_plan(tmp_path):
         said = call(main, *options).out
         perplexities.append(float(said.split("perplexity of the original on")[1].split()[2]))
     assert perplexities[1] > 1.5 * perplexities[0]
+
+
+def test_layers_that_need_most_memory_are_initialized_before_there_are_other_quantizers(toy):
+    block, built = Checkpoint(toy).block(0), []
+    names = list(linears(block))
+
+    def see():
+        built.append([name for name, layer in block.named_modules() if isinstance(layer, FlexBCQLinear)])
+
+    quantizers = quantize_layers(Checkpoint(toy), block, 0, Settings(group_size=32), advance=see)
+    assert list(quantizers) == names  # the order in which they are trained and stored
+    assert built[0] == ["mlp.down_proj"]  # its Hessian is the largest
+    assert sorted(built[2]) == ["mlp.down_proj", "mlp.gate_proj", "mlp.up_proj"]
 
 
 def test_offloaded_activations_give_the_same_bytes_and_leave_no_file(toy, text, tmp_path):
