@@ -306,6 +306,11 @@ def ablated(runs: dict, switch: str = "") -> tuple[float, float]:
     return changed, changed / default - 1
 
 
+def chance(runs: dict) -> float:
+    """By how much seeds alone change the perplexity of the ablation; NaN where a run is missing."""
+    return max(abs(ablated(runs, seed)[1]) for seed in SEEDS)
+
+
 def ablation_table(runs: dict) -> str:
     rows = [("", "switch", "perplexity", "more")]
     for question, switches in ({"default": [""]} | ablations() | {"chance": SEEDS}).items():
@@ -339,12 +344,14 @@ def plots(runs: dict) -> None:
         ticks = {float(x): f"--{switch} {x}" for x in given} | {float(getattr(Settings, switch)): ""}
         places = {x: min(x, 16) for x in sorted(ticks)}  # no filtering, 1e9, stands at 16
         y = [100 * ablated(runs, ticks[x])[1] for x in places]
+        axes.axhspan(-100 * chance(runs), 100 * chance(runs), color="0.9", label="what seeds differ by")
         axes.plot(places.values(), y, "o-", color=colors[2])
         axes.set_xscale("log", base=2)
         axes.set_xticks(list(places.values()), ["none" if x > 16 else f"{x:g}" for x in places])
         axes.set(xlabel={"period": "period p, steps", "tau": "no gradient beyond tau * min |alpha|"}[switch])
         axes.set(ylabel="perplexity above the default's, %", title="bundled model, 2 bits")
     panels[0].sharey(panels[1])
+    panels[0].legend(loc="upper left")
     for bits, color in colors.items():
         if run := runs.get(options("flexbcq", bits, MAIN[1])):
             shares = [(distance + 0.25 * (bits - 3), share) for distance, share in enumerate(run["moves"]) if share]
@@ -398,9 +405,13 @@ def markdown(store: dict) -> str:
     picture *= is_ablated(runs)
     missing = len([chosen for chosen in wanted() if chosen not in runs])
     ranges = "; where a range is given, the mean of\nseeds 0, 1, 2" * (options("flexbcq", *MAIN, SEEDS[0]) in runs)
-    chance = " The rows of chance change the seed only: smaller differences than theirs are noise.\n"
-    chance += "`--n-rounds 0` starts from rtn's levels, with an integer zero-point."
-    chance *= is_ablated(runs)
+    noise = ""
+    if is_ablated(runs):
+        shares = {switch: ablated(runs, switch)[1] for group in ablations().values() for switch in group}
+        above = [f"`{switch}`" for switch, share in shares.items() if share > 2 * chance(runs)]
+        noise = " The rows of chance change the seed only. More than twice their difference is made by\n"
+        noise += f"{', '.join(above)};\nthe others may be noise."
+        noise += " `--n-rounds 0` starts from rtn's levels, with an integer zero-point."
     return f"""# Results
 
 Written by `python -m experiments.results`; every perplexity below is from a run of `calibrate.py` with the options
@@ -446,7 +457,7 @@ What a run costs in processor time, checks and evaluation included:
 
 On the bundled model, one switch changed at a time: `python calibrate.py {ABLATED} SWITCH`, two or three minutes
 each. Perplexity, and how much higher it is than the default's. The original has {bundled["original"]:.2f}, rtn
-{bundled["rtn"]:.2f}.{chance}
+{bundled["rtn"]:.2f}.{noise}
 
 {ablation_table(runs)}
 
