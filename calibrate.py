@@ -187,7 +187,7 @@ def quantize_layers(
     layers = linears(block)
     quantizers = dict.fromkeys(layers)
 
-    # the largest first, of equals that with the largest Hessian: while the others are not there yet
+    # those that need most memory first, while there are few quantizers: by weights, then by size of the Hessian
     for name in sorted(layers, key=lambda name: (-layers[name].weight.numel(), -layers[name].in_features)):
         # the weight as it is stored: the block holds a copy in float32, twice the memory
         linear = layers.pop(name)
@@ -530,8 +530,8 @@ def run(settings: Settings) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Quantize a Llama (a Hugging Face folder) and write it as a packed checkpoint folder.",
-        epilog="The defaults add stages of our own to the paper's method; --paper leaves them out and sets the rest as "
-        "in the paper, but for --samples and --epochs.",
+        epilog="The defaults add stages of our own to the paper's method; --paper leaves them out and sets the rest of "
+        "it as in the paper. Samples and epochs are the paper's by default; for the bundled model: --epochs 20.",
     )
     preset = " ".join("--no-" + flag(k)[2:] if v is False else f"{flag(k)} {v}" for k, v in PAPER.items())
     parser.add_argument("--paper", action="store_const", const=PAPER, default={}, help=f"the paper's method: {preset}")

@@ -14,8 +14,8 @@ CPU. Rows are padded with zeros to a multiple of 32. Storage is n_bits + 16 (n_b
 `codes` are the bits of one weight as an integer, plane 0 the most significant: for a uniform quantizer, where
 alpha halves from plane to plane, they are the familiar 0 .. 2^n_bits - 1.
 
-Up to 32 tokens on a CPU, 64 on a GPU, are multiplied straight from the bit-planes; for more the weight is dequantized,
-on a CPU a few tiles at a time. The first of these paths that a machine offers does it:
+Up to 32 tokens on a CPU (scalar: 8), 64 on a GPU, are multiplied straight from the bit-planes; for more the weight is
+dequantized, on a CPU a few tiles at a time. The first of these paths that a machine offers does it:
 
     on a GPU    cuda                        kernel.cu: its fast kernel where the shape allows it, else the readable one
     on a CPU    avx512, avx2, neon, scalar  support/cpu/cpu.h, which also tells what avx512_int8 and the like are
@@ -342,8 +342,8 @@ class BCQLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) -> (..., out_features) in the dtype of x, or that of autocast where it is on.
 
-        By the kernels; if there are none, or x needs a gradient, PyTorch dequantizes the weight. Raises ValueError on
-        another width or on whole numbers."""
+        The kernels multiply; without them, or if x needs a gradient, PyTorch dequantizes the weight. Raises ValueError
+        on another width or on whole numbers."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} columns, the weight has in_features {self.in_features}")
         if not x.is_floating_point():

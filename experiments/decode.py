@@ -106,9 +106,9 @@ def contestants(
         small = text_model(Checkpoint(folder), device)
         for path in (found[0], f"{found[0]}_int8"):
             if path in found:
-                calls[f"{folder.name}, {path}"] = partial(ours, small, path, None)
+                calls[f"{folder.resolve().name}, {path}"] = partial(ours, small, path, None)
         if on_gpu:
-            calls[f"{folder.name}, CUDA graph"] = partial(ours, small, found[0], fixed_step)
+            calls[f"{folder.resolve().name}, CUDA graph"] = partial(ours, small, found[0], fixed_step)
     calls["original, bfloat16" if on_gpu else "original, float32"] = partial(ours, large, found[0], None)
     if on_gpu:
         calls["original, CUDA graph"] = partial(ours, large, found[0], fixed_step)
@@ -121,6 +121,8 @@ def contestants(
 @torch.inference_mode()
 def run(args: argparse.Namespace) -> None:
     device = check_device(args.device)
+    if len({folder.resolve().name for folder in args.packed}) < len(args.packed):
+        raise ValueError("PACKED: the table tells folders apart by their last names; give them different ones")
     calls = contestants(args.packed, args.original, args.llama_cpp, device)
     ids = torch.randint(1000, (1, args.prompt), generator=torch.Generator().manual_seed(0)).to(device)
 

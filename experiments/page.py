@@ -307,7 +307,7 @@ def ablated(runs: dict, switch: str = "") -> tuple[float, float]:
 
 
 def chance(runs: dict) -> float:
-    """By how much seeds alone change the perplexity of the ablation; NaN where a run is missing."""
+    """By how much seeds alone change the perplexity of the ablation."""
     return max(abs(ablated(runs, seed)[1]) for seed in SEEDS)
 
 
@@ -392,7 +392,7 @@ def peers_plot(runs: dict) -> None:
 
 def is_ablated(runs: dict) -> bool:
     """Whether there is enough to draw `plots`."""
-    return ablation("--period 1") in runs and ablation("--tau 1e9") in runs
+    return all(ablation(switch) in runs for switch in ("--period 1", "--tau 1e9", *SEEDS))
 
 
 def markdown(store: dict) -> str:
@@ -408,9 +408,10 @@ def markdown(store: dict) -> str:
     noise = ""
     if is_ablated(runs):
         shares = {switch: ablated(runs, switch)[1] for group in ablations().values() for switch in group}
-        above = [f"`{switch}`" for switch, share in shares.items() if share > 2 * chance(runs)]
-        noise = " The rows of chance change the seed only. More than twice their difference is made by\n"
-        noise += f"{', '.join(above)};\nthe others may be noise."
+        above = [f"`{switch}`" for switch, share in shares.items() if abs(share) > 2 * chance(runs)]
+        clear = f"More than twice their difference is made by\n{', '.join(above)};\nthe others may be noise."
+        noise = " The rows of chance change the seed only. "
+        noise += clear if above else "No switch makes more than twice their difference."
         noise += " `--n-rounds 0` starts from rtn's levels, with an integer zero-point."
     return f"""# Results
 

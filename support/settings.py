@@ -172,7 +172,7 @@ class Evaluation:
     )
     seq_len: int | None = perplexity(
         None,
-        "tokens per window; with --task or --mmlu at most so many an item",
+        "tokens per window; with --task or --mmlu the most tokens of an item, whose beginning is cut",
         shown="2048, or the model's context if smaller",
     )
     against: Path | None = perplexity(

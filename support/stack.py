@@ -1,4 +1,4 @@
-"""Text faster: layers that read the same x become one, the bit-planes of one below those of the other.
+"""Faster text: layers that multiply the same x become one layer, their bit-planes stacked row below row.
 
 q, k and v of a block all multiply the same x, and so do gate and up. No row of bit-planes knows of another, so they are
 one layer with more rows: x is prepared once, and a block is four products instead of seven. That is time won where
@@ -47,7 +47,7 @@ def stack_layers(model: Llama) -> Llama:
             (block.self_attn, "qkv", ("q_proj", "k_proj", "v_proj")),
             (block.mlp, "gate_up", ("gate_proj", "up_proj")),
         ):
-            layers = [getattr(part, member) for member in members]
+            layers = [getattr(part, member, None) for member in members]  # None: stacked already
             if can_stack(layers):
                 setattr(part, name, StackedLinear(layers))
                 for member in members:

@@ -26,6 +26,11 @@ def test_speeds_of_all_contestants_are_in_the_table(packed, toy, tmp_path):
         assert re.search(rf"\| {name} \| \d+ \| \d+\.\d \|\n", result.out), name
 
 
+def test_folders_of_one_name_are_refused(packed, toy, tmp_path):
+    result = call(decode.main, packed, packed, toy, "--device", "cpu", "--out", tmp_path / "speeds")
+    assert result.code == 2 and "PACKED: " in result.err and not (tmp_path / "speeds.md").exists()
+
+
 def test_the_price_of_bytes_is_measured_by_kernels_that_ran(packed, text):
     result = call(int8.main, packed, text, "--seq-len", 64, "--windows", 1)
     exact, *rounded = result.out.splitlines()

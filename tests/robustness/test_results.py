@@ -64,7 +64,7 @@ def test_the_page_compares_the_runs(made_up):
     assert "original has 1234.50 (2345.60 on the whole test set)." in text
     assert "| perplexity, whole test set | bits per weight | flexbcq | | --- | ---: | ---: | | 3 bits, a row |" in text
     assert "flexbcq is lowest in 0 of 1 complete rows." in text  # 14 of flexround is below 100
-    assert "| `--seed 1` | 110.00 | +10.0% |" in text
+    assert "| `--seed 1` | 110.00 | +10.0% |" in text and "No switch makes more than twice their difference." in text
     assert "| feedback, blocks | `--method flexbcq --finish-steps 0` | 100.0 |" in text
 
 

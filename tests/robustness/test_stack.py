@@ -1,6 +1,7 @@
 """Layers of one input, multiplied as one: the same numbers from fewer products."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from test_graph import a_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from eval import text_model
 from experiments.kernels import random_layer
 from kernel import BCQLinear, paths
 from support.stack import stack_layers
@@ -54,6 +56,14 @@ def test_stacked_layers_give_the_same_logits_from_four_products_a_block(shape):
             with Products() as products:
                 model(torch.tensor([[5]]))
             assert products.n == n_products
+
+
+def test_the_model_that_writes_text_is_stacked():
+    model = a_model(packed=True)
+    checkpoint = SimpleNamespace(config=SimpleNamespace(quantization={}), model=lambda *_, **__: model)
+    for block in text_model(checkpoint, torch.device("cpu")).model.layers:
+        assert block.self_attn.qkv.sizes == [64] * 3 and block.mlp.gate_up.sizes == [96] * 2
+    stack_layers(model)  # once more: nothing is left to stack
 
 
 def other_bits(block):
