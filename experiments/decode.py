@@ -103,12 +103,13 @@ def contestants(
 
     calls = {}
     for folder in packed:
+        name = folder.resolve().name
         small = text_model(Checkpoint(folder), device)
         for path in (found[0], f"{found[0]}_int8"):
             if path in found:
-                calls[f"{folder.resolve().name}, {path}"] = partial(ours, small, path, None)
+                calls[f"{name}, {path}"] = partial(ours, small, path, None)
         if on_gpu:
-            calls[f"{folder.resolve().name}, CUDA graph"] = partial(ours, small, found[0], fixed_step)
+            calls[f"{name}, CUDA graph"] = partial(ours, small, found[0], fixed_step)
     calls["original, bfloat16" if on_gpu else "original, float32"] = partial(ours, large, found[0], None)
     if on_gpu:
         calls["original, CUDA graph"] = partial(ours, large, found[0], fixed_step)

@@ -338,13 +338,13 @@ def plots(runs: dict) -> None:
     """Perplexity against period and tau, and how far codes moved."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     panels = figure.subplots(1, 3)
-    colors = {2: "#0072B2", 3: "#D55E00", 4: "#009E73"}
+    colors, noise = {2: "#0072B2", 3: "#D55E00", 4: "#009E73"}, 100 * chance(runs)
     for axes, switch in zip(panels, ("period", "tau")):
         given = [s.split()[1] for group in ablations().values() for s in group if s.startswith(f"--{switch} ")]
         ticks = {float(x): f"--{switch} {x}" for x in given} | {float(getattr(Settings, switch)): ""}
         places = {x: min(x, 16) for x in sorted(ticks)}  # no filtering, 1e9, stands at 16
         y = [100 * ablated(runs, ticks[x])[1] for x in places]
-        axes.axhspan(-100 * chance(runs), 100 * chance(runs), color="0.9", label="what seeds differ by")
+        axes.axhspan(-noise, noise, color="0.9", label="what seeds differ by")
         axes.plot(places.values(), y, "o-", color=colors[2])
         axes.set_xscale("log", base=2)
         axes.set_xticks(list(places.values()), ["none" if x > 16 else f"{x:g}" for x in places])
@@ -395,6 +395,19 @@ def is_ablated(runs: dict) -> bool:
     return all(ablation(switch) in runs for switch in ("--period 1", "--tau 1e9", *SEEDS))
 
 
+def beyond_chance(runs: dict) -> str:
+    """Which switches of the ablation make more than seeds do, in sentences; none while runs are missing."""
+    if not is_ablated(runs):
+        return ""
+    limit, switches = 2 * chance(runs), [switch for group in ablations().values() for switch in group]
+    above = ", ".join(f"`{switch}`" for switch in switches if abs(ablated(runs, switch)[1]) > limit)
+    found = f"More than twice their difference is made by\n{above};\nthe others may be noise."
+    if not above:
+        found = "No switch makes more than twice their difference."
+    start = "`--n-rounds 0` starts from rtn's levels, with an integer zero-point."
+    return f" The rows of chance change the seed only. {found} {start}"
+
+
 def markdown(store: dict) -> str:
     """The page."""
     runs, step = store["runs"], store["step"]
@@ -405,14 +418,6 @@ def markdown(store: dict) -> str:
     picture *= is_ablated(runs)
     missing = len([chosen for chosen in wanted() if chosen not in runs])
     ranges = "; where a range is given, the mean of\nseeds 0, 1, 2" * (options("flexbcq", *MAIN, SEEDS[0]) in runs)
-    noise = ""
-    if is_ablated(runs):
-        shares = {switch: ablated(runs, switch)[1] for group in ablations().values() for switch in group}
-        above = [f"`{switch}`" for switch, share in shares.items() if abs(share) > 2 * chance(runs)]
-        clear = f"More than twice their difference is made by\n{', '.join(above)};\nthe others may be noise."
-        noise = " The rows of chance change the seed only. "
-        noise += clear if above else "No switch makes more than twice their difference."
-        noise += " `--n-rounds 0` starts from rtn's levels, with an integer zero-point."
     return f"""# Results
 
 Written by `python -m experiments.results`; every perplexity below is from a run of `calibrate.py` with the options
@@ -458,7 +463,7 @@ What a run costs in processor time, checks and evaluation included:
 
 On the bundled model, one switch changed at a time: `python calibrate.py {ABLATED} SWITCH`, two or three minutes
 each. Perplexity, and how much higher it is than the default's. The original has {bundled["original"]:.2f}, rtn
-{bundled["rtn"]:.2f}.{noise}
+{bundled["rtn"]:.2f}.{beyond_chance(runs)}
 
 {ablation_table(runs)}
 

@@ -3,8 +3,8 @@
 A 3-bit weight is read in less time than it takes to launch its kernel from Python. A graph launches a whole step at
 once, but it repeats exactly what was recorded: the same shapes at the same addresses, and nothing in between may ask
 the host. So the position is a tensor here, the step always looks at the whole cache, and a mask hides what is not
-filled yet. Without a GPU the same step runs as it is. It has not been timed on a
-GPU yet; only experiments/decode.py uses it.
+filled yet. Without a GPU the same step runs as it is. It has not been timed on a GPU yet; only experiments/decode.py
+uses it.
 """
 
 from typing import Callable
