@@ -1,17 +1,19 @@
 """Layers of one input, multiplied as one: the same numbers from fewer products."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import FEW_STEPS, call
 from test_graph import a_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import calibrate
 from eval import text_model
 from experiments.kernels import random_layer
 from kernel import BCQLinear, paths
+from support.checkpoint import Checkpoint
 from support.stack import stack_layers
 
 
@@ -58,11 +60,12 @@ def test_stacked_layers_give_the_same_logits_from_four_products_a_block(shape):
             assert products.n == n_products
 
 
-def test_the_model_that_writes_text_is_stacked():
-    model = a_model(packed=True)
-    checkpoint = SimpleNamespace(config=SimpleNamespace(quantization={}), model=lambda *_, **__: model)
-    for block in text_model(checkpoint, torch.device("cpu")).model.layers:
-        assert block.self_attn.qkv.sizes == [64] * 3 and block.mlp.gate_up.sizes == [96] * 2
+def test_the_model_that_writes_text_is_stacked(toy, text, tmp_path):
+    command = "--method", "rtn", "--no-baselines", "--model", toy, "--text", text, "--out", tmp_path / "out"
+    assert call(calibrate.main, *command, *FEW_STEPS).code == 0
+    model = text_model(Checkpoint(tmp_path / "out"), torch.device("cpu"))
+    for block in model.model.layers:
+        assert block.self_attn.qkv.sizes == [64, 32, 32] and block.mlp.gate_up.sizes == [160, 160]
     stack_layers(model)  # once more: nothing is left to stack
 
 
