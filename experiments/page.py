@@ -20,6 +20,7 @@ EVAL_SEQ_LEN = 2048
 SETTING = f"--samples {SAMPLES} --seq-len 512 --epochs {EPOCHS} --eval-seq-len {EVAL_SEQ_LEN}"  # on SmolLM2
 FEW = "--eval-windows 8"  # windows of the test set
 CELLS = [(bits, group_size) for group_size in (64, -1) for bits in (3, 4, 2)]
+BETWEEN = [(3, 128), (3, 32)]  # cells beside them, for the picture
 MAIN = (3, 64)  # the cell that the original is measured with
 METHODS = {  # column -> options
     "rtn": "--method rtn",
@@ -98,10 +99,10 @@ def wanted(with_model: bool = True) -> list[str]:
     if not with_model:
         return bundled
 
-    table = [options(method, *cell) for cell in CELLS for method in METHODS]
+    cells, between = ([options(method, *cell) for cell in part for method in METHODS] for part in (CELLS, BETWEEN))
     stages = [options(method, *cell, stage) for method, stage in STAGES.values() if stage for cell in STAGED]
     seeds = [options(method, *MAIN, seed) for seed in SEEDS for method in SEEDED]
-    return table + bundled + stages + seeds
+    return cells + bundled + stages + seeds + between
 
 
 def whole() -> list[str]:
@@ -168,10 +169,10 @@ def name_of(bits: int, group_size: int) -> str:
     return f"{bits} bits, " + ("a row" if group_size == -1 else f"groups of {group_size}")
 
 
-def main_table(runs: dict) -> str:
+def side_by_side(runs: dict, cells: list[tuple[int, int]]) -> str:
     """Perplexities, the lowest of a complete row in bold, and a sentence on which method has it and how clearly."""
     rows, margins = [("perplexity", "bits per weight", *METHODS)], []
-    for cell in sorted(CELLS, reverse=True):
+    for cell in sorted(cells, reverse=True):
         by_method = values(runs, cell)
         means = {method: statistics.mean(v) for method, v in by_method.items() if v}
         if not means:
@@ -196,6 +197,12 @@ def main_table(runs: dict) -> str:
 
 flexbcq is lowest in {won} of {len(margins)} complete rows. The narrowest margin is {margin:.1%}: {name},
 {best} before {second} with {seeds}."""
+
+
+def group_section(runs: dict) -> str:
+    """Other sizes of groups, as far as they are measured."""
+    measured = any(options(method, *cell) in runs for cell in BETWEEN for method in METHODS)
+    return f"Other sizes of groups in this picture:\n\n{side_by_side(runs, BETWEEN)}\n\n" * measured
 
 
 def stage_table(runs: dict) -> str:
@@ -371,7 +378,7 @@ def peers_plot(runs: dict) -> None:
     looks = dict(zip(METHODS, ("v:#999999", "^:#E69F00", "s:#56B4E9", "D:#009E73", "P--#CC79A7", "o-#D55E00")))
     for method, look in looks.items():
         points = []
-        for cell in CELLS:
+        for cell in CELLS + BETWEEN:
             if value := perplexity(runs, options(method, *cell), method):
                 planes = runs[options(method, *cell)]["bits_per_weight"]
                 points.append((stored_bits(method, *cell, planes), value))
@@ -381,7 +388,7 @@ def peers_plot(runs: dict) -> None:
     original = perplexity(runs, options("rtn", *MAIN), "original")
     axes.axhline(original, color="black", linewidth=1, label="original, 16 bits")
     axes.set(yscale="log", ylim=(original * 0.95, original * 10), xlabel="stored bits per weight")
-    axes.set(ylabel="perplexity", title="SmolLM2-135M, rows and groups of 64; what is above is beyond ten times")
+    axes.set(ylabel="perplexity", title="SmolLM2-135M, rows and groups; what is above is beyond ten times")
     axes.set_yticks([20, 25, 30, 40, 60, 100, 150], labels=[20, 25, 30, 40, 60, 100, 150])
     axes.minorticks_off()
     axes.legend()
@@ -445,13 +452,13 @@ gptq is error feedback with uniform levels over the whole range of a group, as p
 fitted levels, without training; flexround is trained with uniform levels; paper is `--method flexbcq --paper`, without
 what is ours. Bits are those of bit-planes, in brackets those that a uniform method takes in a format of its own.
 
-{main_table(runs)}
+{side_by_side(runs, CELLS)}
 
 The original has {first["perplexity"]["original"]:.2f}{on_all}.
 
 ![Perplexity against stored bits per weight](docs/perplexity.png)
 
-{whole_table(runs)}What start, blocks and finish are worth:
+{group_section(runs)}{whole_table(runs)}What start, blocks and finish are worth:
 
 {stage_table(runs)}
 

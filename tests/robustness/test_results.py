@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+import torch
 from helpers import call
 
 from eval import main as eval_main
@@ -20,7 +21,7 @@ def test_the_page_is_what_the_records_say():
 
 
 def test_the_table_of_the_readme_is_that_of_the_page():
-    table = page.main_table(json.loads(page.STORE.read_text("utf-8"))["runs"]).partition("\n\n")[0]
+    table = page.side_by_side(json.loads(page.STORE.read_text("utf-8"))["runs"], page.CELLS).partition("\n\n")[0]
     assert table in (page.ROOT / "README.md").read_text("utf-8")
 
 
@@ -34,6 +35,7 @@ def small(toy, text, tmp_path, monkeypatch):
     monkeypatch.setattr(page, "EVAL_SEQ_LEN", 32)
     monkeypatch.setattr(page, "ABLATED", f"--model {toy} --text {tmp_path / 'wiki.valid.tokens'} {short} --bits 2")
     monkeypatch.setattr(page, "CELLS", [(3, -1)])
+    monkeypatch.setattr(page, "BETWEEN", [])
     monkeypatch.setattr(page, "MAIN", (3, -1))
     monkeypatch.setattr(page, "STAGED", [(3, -1)])
     monkeypatch.setattr(page, "ablations", lambda: {"mapping": ["--period 1"], "filtering": ["--tau 1e9"]})
@@ -141,8 +143,7 @@ def test_too_few_runs_for_a_page_are_kept_and_the_next_is_named(small, tmp_path)
     assert [*store["runs"][page.wanted()[0]]["perplexity"]] == ["original", "rtn"]
 
 
-def test_the_narrowest_margin_is_counted_seed_by_seed(monkeypatch):
-    monkeypatch.setattr(page, "CELLS", [(3, 64)])
+def test_the_narrowest_margin_is_counted_seed_by_seed():
     perplexities = {method: [20, 20, 20] for method in page.METHODS}
     perplexities |= {"rtn": [30], "bcq": [11, 11.5, 11], "flexbcq": [10, 12, 10]}
     runs = {
@@ -154,7 +155,22 @@ def test_the_narrowest_margin_is_counted_seed_by_seed(monkeypatch):
         for seed, value in zip(["", *page.SEEDS], found)
     }
     said = "The narrowest margin is 4.7%: 3 bits, groups of 64, flexbcq before bcq with 2 of 3 seeds."
-    assert said in " ".join(page.main_table(runs).split())
+    assert said in " ".join(page.side_by_side(runs, [page.MAIN]).split())
+
+
+def test_other_sizes_of_groups_are_shown_as_far_as_they_are_measured(made_up, monkeypatch):
+    assert "Other sizes" not in page.markdown(made_up)
+    monkeypatch.setattr(page, "BETWEEN", [(3, 128), (3, 32)])
+    assert page.options("bcq", 3, 32) == page.wanted()[-4]
+    made_up["runs"][page.options("bcq", 3, 32)] = made_up["runs"][page.options("bcq", 3, -1)]
+    shown = page.markdown(made_up).partition("Other sizes of groups in this picture:\n\n")[2].splitlines()
+    assert shown[2].startswith("| 3 bits, groups of 32 |") and shown[2].endswith("|  |  | 13.00 |  |  |  |")
+    assert shown[3] == ""
+
+
+def test_a_machine_is_recorded_with_what_its_matrix_products_use(monkeypatch):
+    monkeypatch.setenv("MKL_ENABLE_INSTRUCTIONS", "AVX2")
+    assert ("MKL with AVX2" in results.machine("cpu", 1)) == torch.backends.mkl.is_available()
 
 
 def test_a_run_that_fails_is_named_with_its_reason(small, tmp_path):
