@@ -1,7 +1,7 @@
 """Quantize a Llama block by block and write it as a packed checkpoint folder.
 
     python calibrate.py                                                      # the bundled model, 3 bits
-    python calibrate.py --model FOLDER --text wiki.train.raw --eval-text wiki.test.raw --bits 3 --group-size 128
+    python calibrate.py --model FOLDER --text wikitext2 --bits 3 --group-size 128
     torchrun --nproc-per-node 8 calibrate.py --model FOLDER ..               # with all GPUs of a machine
 
 For each decoder block: initialize its quantizers; train them so that the block, fed with what the quantized blocks

@@ -2,8 +2,8 @@
 share of positions with the same most likely token), text from a prompt with tokens per second, or accuracy in a task
 (MMLU: support/tasks.py; BLiMP, LAMBADA, PIQA, ARC: support/cloze.py).
 
-    python eval.py --model FOLDER --text wiki.test.raw
-    python eval.py --model PACKED --against FOLDER --text wiki.test.raw
+    python eval.py --model FOLDER --text wikitext2
+    python eval.py --model PACKED --against FOLDER --text wikitext2
     python eval.py --model FOLDER --prompt "def fibonacci("
     python eval.py --model FOLDER --mmlu DATA --shots 5
     python eval.py --model FOLDER --task blimp

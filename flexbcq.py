@@ -442,7 +442,8 @@ class Quantize(torch.autograd.Function):
         dL/dscale      =  sum(g * w^) / scale            of the way back; that of the transform is in the divisor's
         dL/dalpha_i    =  sum(g_v * b_i),   dL/dshift = sum(g_v)
 
-    What is kept for the backward pass and as large as the weight exists anyway: w, log_s_elem, codes and w^."""
+    Of tensors as large as the weight, only those that exist anyway are kept for the backward pass: w, log_s_elem, codes
+    and w^."""
 
     @staticmethod
     def forward(

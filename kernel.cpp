@@ -1,5 +1,5 @@
-// The binding of the kernels to PyTorch: support/cpu/cpu.h for a CPU, kernel.cu for a GPU. It checks what it is given, so that
-// no kernel reads past an end.
+// The binding of the kernels to PyTorch: support/cpu/cpu.h for a CPU, kernel.cu for a GPU. It checks what it is given,
+// so that no kernel reads past an end.
 
 #include "support/cpu/cpu.h"
 
@@ -44,8 +44,10 @@ static void check(const at::Tensor& x, const at::Tensor& planes, const at::Tenso
                       out_features, " rows need ", tiles);
     TORCH_CHECK_VALUE(groups >= 1 && words % groups == 0, groups, " groups do not divide ", words, " words");
     const at::DimVector alpha_shape{n_bits, tiles, groups, TILE}, shift_shape{tiles, groups, TILE};
-    TORCH_CHECK_VALUE(alpha.sizes() == alpha_shape, "alpha is ", alpha.sizes(), ", expected ", at::IntArrayRef(alpha_shape));
-    TORCH_CHECK_VALUE(shift.sizes() == shift_shape, "shift is ", shift.sizes(), ", expected ", at::IntArrayRef(shift_shape));
+    TORCH_CHECK_VALUE(alpha.sizes() == alpha_shape, "alpha is ", alpha.sizes(), ", expected ",
+                      at::IntArrayRef(alpha_shape));
+    TORCH_CHECK_VALUE(shift.sizes() == shift_shape, "shift is ", shift.sizes(), ", expected ",
+                      at::IntArrayRef(shift_shape));
     TORCH_CHECK_VALUE(planes.scalar_type() == at::kInt && alpha.scalar_type() == at::kHalf &&
                           shift.scalar_type() == at::kHalf,
                       "bit_planes, alpha, shift are ", planes.scalar_type(), ", ", alpha.scalar_type(), ", ",

@@ -217,9 +217,9 @@ __device__ float2 scales_of(const uint2& four_rows, int r) {  // of rows r and r
     return __half22float2(((const __half2*)&four_rows)[r / 2]);
 }
 
-// A warp takes 128 columns at a time, lane 4g + t word t of rows 4g .. 4g + 3. It passes rows 4g, 4g + 1 off as the
-// mma's g, g + 8, and later 4g + 2, 4g + 3; it passes columns q, q + 16, q + 8, q + 24 of its word off as the mma's
-// 2t, 2t + 1, 2t + 8, 2t + 9. Which is called which does not matter if x and y follow.
+// A warp takes 128 columns at a time, lane 4g + t word t of rows 4g .. 4g + 3. It puts rows 4g, 4g + 1 where
+// the mma expects rows g, g + 8, and later 4g + 2, 4g + 3; and columns q, q + 16, q + 8, q + 24 of its word where the
+// mma expects 2t, 2t + 1, 2t + 8, 2t + 9. Any order is right if x and y have the same.
 template <int n_bits>
 __global__ void __launch_bounds__(FAST_WARPS * TILE, blocks_per_sm(n_bits))  // so many registers, and loads in flight
 fast_kernel(const ChunkWords* bit_planes, const ChunkScales* alpha, const ChunkScales* shift, const Chunk* x, void* y,

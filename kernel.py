@@ -137,7 +137,8 @@ FOLDERS = [HERE / "build", Path.home() / ".cache" / "flexbcq"]  # where compiled
 
 
 def compiled_name(with_cuda: bool) -> str:
-    """A file name that changes with the content of the sources and with all else that a compiled file depends on."""
+    """A file name that changes with the sources, the system, PyTorch and the GPU. Not with the compiler: whoever takes
+    another one deletes build/."""
     sources = [HERE / "kernel.cpp", *sorted((HERE / "support" / "cpu").glob("*.h"))]
     if with_cuda:
         sources.append(HERE / "kernel.cu")
@@ -343,7 +344,7 @@ class BCQLinear(nn.Module):
         """x: (..., in_features) -> (..., out_features) in the dtype of x, or that of autocast where it is on.
 
         The kernels multiply; without them, or if x needs a gradient, PyTorch dequantizes the weight. Raises ValueError
-        on another width or on whole numbers."""
+        on another width, on whole numbers, or on float64 where a GPU's kernels would multiply."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} columns, the weight has in_features {self.in_features}")
         if not x.is_floating_point():

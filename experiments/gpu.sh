@@ -4,8 +4,8 @@
 #
 #     bash experiments/gpu.sh FOLDER [check|sanitize|kernels|prompts|tiny2|tiny3|two|large|graph ..]   # default: all
 #
-# FOLDER/report.txt is what they print, FOLDER/progress.txt the progress bars and errors. A part takes some minutes. Each
-# ends with what was expected; what is said there of an H100 is arithmetic.
+# FOLDER/report.txt is what they print, FOLDER/progress.txt the progress bars and errors. A part takes some minutes.
+# Each ends with what was expected; what is said there of an H100 is arithmetic.
 set -euo pipefail
 out=${1:?usage: bash experiments/gpu.sh FOLDER [PART ..]}
 mkdir -p "$out"
@@ -23,7 +23,8 @@ trap 'rm -rf "$work"' EXIT
 check() { # without a compiled kernel the tests would skip it, and all that follows would measure plain PyTorch
     nvidia-smi --query-gpu=name,driver_version --format=csv
     python3 -c "from kernel import paths; assert 'cuda' in paths('cuda'), 'kernel.cu was not compiled'"
-    python3 -m pytest -q tests/robustness/test_multiply.py tests/robustness/test_cuda.py tests/test_flexbcq.py
+    python3 -m pytest -q tests/robustness/test_multiply.py tests/robustness/test_cuda.py tests/robustness/test_graph.py \
+        tests/test_flexbcq.py
     echo "expected: all pass, none that needs a GPU is skipped"
 }
 
@@ -41,7 +42,8 @@ sanitize() { # shapes for both kernels, and long prompts; this slows a kernel do
 
 kernels() {
     for size in 128 -1; do
-        python3 -m experiments.kernels --shapes 4096x4096 14336x4096 4096x14336 8192x28672 --group-size $size --out "$out/kernels$size"
+        python3 -m experiments.kernels --shapes 4096x4096 14336x4096 4096x14336 8192x28672 --group-size $size \
+            --out "$out/kernels$size"
     done
     echo "expected: 3 bits, groups of 128, one token: on an H100 at most 34 % of read, 57, 67 and 87 (the shapes in this"
     echo "order), on an A100 49, 68, 76 and 90"

@@ -1,4 +1,5 @@
-"""What rounding to bytes costs a packed model: its perplexity by each path of this CPU, a few tokens at a time.
+"""What rounding to bytes costs a packed model: its perplexity by the best exact path of this CPU
+and by its bytes, a few tokens at a time.
 
     python -m experiments.int8 PACKED wiki.test.joined.txt
 

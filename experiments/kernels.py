@@ -194,7 +194,7 @@ def rows_x_columns(text: str) -> tuple[int, int]:
 def run(args: argparse.Namespace) -> None:
     device = check_device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    title = f"{name}, groups of {args.group_size}"
+    title = f"{name}, " + ("a row a group" if args.group_size == -1 else f"groups of {args.group_size}")
 
     found = paths(device.type)
     if args.paths and not set(args.paths) <= set(found):

@@ -2,7 +2,7 @@
 
     python -m experiments.levels        # writes docs/levels.png, about a minute
 
-One layer of the bundled model, 2 bits a row; flexbcq is trained on the inputs that the layer sees in the model.
+One layer of the bundled model, 2 bits, a row a group; flexbcq is trained on the inputs that the layer sees there.
 """
 
 import torch

@@ -274,8 +274,12 @@ def task_table(store: dict) -> str:
             mean, error = gain(ours, found[best])
             margins.append(f"{mean:+.1f} ± {error:.1f} points ({best}) at {bits} bits")
 
-    against = f"flexbcq against the best of the others, in the same mean:\n{', '.join(margins)}." if margins else ""
-    return f"{lines(*rows)}\n\n{against}".rstrip()
+    if not margins:
+        return lines(*rows)
+    return f"""{lines(*rows)}
+
+flexbcq against the best of the others, difference of the mean of the three tasks:
+{", ".join(margins)}."""
 
 
 def task_section(store: dict) -> str:
@@ -408,11 +412,12 @@ def beyond_chance(runs: dict) -> str:
         return ""
     limit, switches = 2 * chance(runs), [switch for group in ablations().values() for switch in group]
     above = ", ".join(f"`{switch}`" for switch in switches if abs(ablated(runs, switch)[1]) > limit)
-    found = f"More than twice their difference is made by\n{above};\nthe others may be noise."
-    if not above:
-        found = "No switch makes more than twice their difference."
-    start = "`--n-rounds 0` starts from rtn's levels, with an integer zero-point."
-    return f" The rows of chance change the seed only. {found} {start}"
+    found = "No switch makes more than twice the difference of a seed."
+    if above:
+        found = f"More than twice the difference of a seed is made by\n{above};\nthe others may be noise."
+    return f""" The rows named chance change the seed only. {found}
+`--n-rounds 0` starts from rtn's levels, with an integer zero-point; `--no-learn-shift` and `--level-rate 0` concern the
+blocks only, the finish still trains alpha and shift."""
 
 
 def markdown(store: dict) -> str:
@@ -450,7 +455,8 @@ Measured on {"; ".join(machines)}; torch {first["versions"]["torch"]}.
 
 gptq is error feedback with uniform levels over the whole range of a group, as published; bcq has error feedback and
 fitted levels, without training; flexround is trained with uniform levels; paper is `--method flexbcq --paper`, without
-what is ours. Bits are those of bit-planes, in brackets those that a uniform method takes in a format of its own.
+what is ours. "A row" means one group a row. Bits are those of bit-planes, in brackets those that a uniform method takes
+in a format of its own.
 
 {side_by_side(runs, CELLS)}
 
@@ -478,7 +484,7 @@ each. Perplexity, and how much higher it is than the default's. The original has
 
 ## Where the time goes
 
-A training step of 512 tokens on block 0 at {name_of(*MAIN)} takes {step["step"]:.0f} ms
+A training step of 512 tokens on block 0 of SmolLM2 at {name_of(*MAIN)} takes {step["step"]:.0f} ms
 ({1000 / step["step"]:.1f} steps/s) on {step["machine"]}. Forward and backward of the original block alone take
 {step["original"]:.0f} ms, {step["original"] / step["step"]:.0%} of it; the rest is quantizing and Adam.
 

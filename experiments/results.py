@@ -5,9 +5,9 @@
     python -m experiments.results --model smollm2 --data wikitext-2 --tasks DATA    # and their answers in tasks
 
 smollm2 is a Hugging Face folder; wikitext-2 holds wiki.valid.tokens and wiki.test.joined.txt (see page.TEXT), DATA the
-published files of BLiMP, LAMBADA and PIQA (see page.TASKS). A
-measurement is one call of calibrate.py with the options that the page shows. Each is kept in experiments/results.json
-as soon as it is there and made only once, so this can be stopped and started again, or run twice at the same time.
+published files of BLiMP, LAMBADA and PIQA (see page.TASKS). A measurement is one call of calibrate.py with the options
+that the page shows. Each is kept in experiments/results.json as soon as it is there and made only once, so this can be
+stopped and started again, or run twice at the same time.
 """
 
 import argparse

@@ -32,7 +32,8 @@ from llama import MODEL_TYPES, Block, Llama, LlamaConfig, RMSNorm
 
 # ------------------------------------------------------------------------------------------------------- config.json
 
-KIND_TEXT = {int: "a whole number, 1 to 2^30", float: "a finite number above 0", bool: "true or false"}
+KIND_TEXT = {int: "a whole number, 1 to 2^30", float: "a number above 0, at most 1e18", bool: "true or false"}
+LARGEST = {int: 2**30, float: 1e18}
 DERIVED = ("num_key_value_heads", "head_dim", "sliding_window")  # null: as many as query heads, hidden / heads, none
 
 
@@ -44,7 +45,7 @@ def setting(raw: dict, key: str, kind: type, default=None):
 
     fits = isinstance(value, (int, float) if kind is float else kind)
     if kind is not bool:
-        fits = fits and not isinstance(value, bool) and 0 < value < (2**30 + 1 if kind is int else math.inf)
+        fits = fits and not isinstance(value, bool) and 0 < value <= LARGEST[kind]
     if not fits:
         raise ValueError(f"{key} is {value!r:.60}: must be {KIND_TEXT[kind]}")
     return value
@@ -342,8 +343,13 @@ class Checkpoint:
     def eos_ids(self) -> tuple[int, ...]:
         """The tokens that end a text: of generation_config.json, else of config.json; none if neither names one."""
         generation = self._json("generation_config.json") if (self.folder / "generation_config.json").exists() else {}
-        eos = generation.get("eos_token_id", self.raw_config.get("eos_token_id"))
-        return tuple(token for token in (eos if isinstance(eos, list) else [eos]) if isinstance(token, int))
+        eos = generation.get("eos_token_id")
+        eos = self.raw_config.get("eos_token_id") if eos is None else eos
+        return tuple(token for token in (eos if isinstance(eos, list) else [eos]) if self.is_token(token))
+
+    def is_token(self, token: object) -> bool:
+        """Whether this, from a JSON file, is a token that the model knows."""
+        return type(token) is int and 0 <= token < self.config.vocab_size
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids: (samples, length) int64 -> embeddings (samples, length, hidden_size) float32, without a float32 copy of

@@ -40,7 +40,8 @@ def is_sound(item: dict) -> bool:
     if "choices" in item:
         choices = item["choices"]
         return item["gold"] in range(len(choices)) and all(isinstance(choice, str) for choice in choices)
-    return "" not in (item.get("sentence_good"), item.get("sentence_bad"))
+    texts = (item.get("sentence_good"), item.get("sentence_bad"), item.get("continuation", "x").strip())
+    return "" not in texts
 
 
 def item_of(x: object) -> dict | None:
@@ -97,11 +98,13 @@ def continuations(item: dict) -> list[tuple[str, str]]:
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, first: int) -> tuple[list[int], int]:
     """(tokens, n): the continuation's tokens are those from the n-th on.
 
-    first: the token that stands before a text without a context"""
+    first: the token that stands before a text without a context. Raises ValueError if no token is left to predict"""
     known = encode_prompt(tokenizer, context) if context else []
     ids = encode_prompt(tokenizer, context + continuation)
     if not known:
-        ids, known = ids if ids[0] == first else [first, *ids], [first]  # some tokenizers begin with it
+        ids, known = ids if ids[:1] == [first] else [first, *ids], [first]  # some tokenizers begin with it
+    if len(ids) < 2:
+        raise ValueError(f"an item of the task, {context + continuation!r:.40}: this tokenizer makes no tokens of it")
     return ids, min(len(known), len(ids) - 1)
 
 
@@ -113,7 +116,7 @@ def answers(
 
     Raises ValueError if the tokenizer belongs to another model."""
     bos = checkpoint.raw_config.get("bos_token_id")
-    first = bos if isinstance(bos, int) else (checkpoint.eos_ids() or (0,))[0]
+    first = bos if checkpoint.is_token(bos) else (checkpoint.eos_ids() or (0,))[0]
     max_length = min(max_length, checkpoint.config.max_position_embeddings)
     too_long = []  # by how many tokens, of each pair
 

@@ -164,10 +164,11 @@ def resolve_seq_len(asked: int | None, checkpoint: Checkpoint, option: str = "--
 
 def load_texts(checkpoint: Checkpoint, settings: Settings) -> tuple[Tensor, Tensor, Tensor, str]:
     """Calibration samples (samples, seq_len), others for the finish (HELD_OUT + finish_steps * batch_size, seq_len),
-    evaluation windows (n_windows, eval_seq_len) and the name of their text.
+    evaluation windows (n_windows, eval_seq_len) and the name of their text. Without a finish there are no others.
 
-    Samples start at random places. Without an evaluation text the last tenth of the calibration text is kept for
-    evaluation; of the standard library it is every sixth window of the held-out files."""
+    Samples start at random places. Without an evaluation text, perplexity is measured on the test or validation split
+    of a text by name, on the last tenth of a file (not calibrated on), or on every sixth window of the held-out files
+    of the standard library."""
     tokenizer = load_tokenizer(checkpoint.folder)
     seq_len, eval_seq_len = settings.seq_len, settings.eval_seq_len
 

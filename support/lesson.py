@@ -390,12 +390,14 @@ def packed_copies(shape: tuple[int, int], n_bits: int, group_size: int, device: 
 
 def cuda_on_cpu() -> ctypes.CDLL | None:
     """kernel.cu compiled for this CPU, or None where there is no g++ that can."""
-    root, target = TINY.parent.parent, os.path.join(tempfile.mkdtemp(), "kernel.so")
+    root = TINY.parent.parent
     command = ["g++", "-std=c++17", "-O1", "-fno-strict-aliasing", "-shared", "-fPIC", "-x", "c++"]
-    command += ["-include", root / "tests" / "robustness" / "cuda_on_cpu.h", root / "kernel.cu", "-o", target]
-    if shutil.which("g++") is None or subprocess.run(command, capture_output=True).returncode:
-        return None
-    library = ctypes.CDLL(target)
+    command += ["-include", root / "tests" / "robustness" / "cuda_on_cpu.h", root / "kernel.cu", "-o"]
+    with tempfile.TemporaryDirectory() as folder:
+        target = os.path.join(folder, "kernel.so")
+        if shutil.which("g++") is None or subprocess.run([*command, target], capture_output=True).returncode:
+            return None
+        library = ctypes.CDLL(target)
     library.bcq_matmul_cuda.restype = ctypes.c_char_p
     return library
 

@@ -152,7 +152,7 @@ def check_perplexity(checkpoint: Checkpoint, windows: Tensor) -> None:
 
     windows: (n_windows, seq_len)"""
     needed = 4 * windows.numel() * checkpoint.config.hidden_size
-    check_one(f"{windows.numel()} tokens of evaluation text, in memory", needed, psutil.virtual_memory().total)
+    check_one(f"--eval-windows {len(windows)}, states in memory", needed, psutil.virtual_memory().total)
 
 
 def check_one(name: str, needed: float, available: float) -> None:

@@ -53,7 +53,8 @@ DECISIVE = {"quantization", "calibration", "switches, for ablations"}  # section
 
 @dataclass(frozen=True)
 class Settings:
-    """How calibrate.py quantizes. None: depends on the model or the machine, `plan.resolve` fills it in.
+    """How calibrate.py quantizes. None: as `shown` says; what depends on the method is filled in here, what depends on
+    model or machine by `plan.resolve`.
 
     Settings(**PAPER) are those of the paper. Raises ValueError for a number out of its range."""
 
@@ -81,11 +82,11 @@ class Settings:
     seed: int = calibration(0, "seed of the samples, their order and the mixing of inputs", 0, 2**32 - 1)
 
     mapping_rate: float = switch(5e-3, "learning rate of scale, s_elem and s_row, falling to 0 as a cosine", 0, 1)
-    level_rate: float = switch(2e-3, "learning rate of alpha and shift, falling to 0 as a cosine", 0, 1)
+    level_rate: float = switch(2e-3, "learning rate of alpha and shift in the blocks, falling to 0 as a cosine", 0, 1)
     period: int = switch(2, "training steps between two mappings of weights to levels", 1)
     local: bool = switch(True, "a new mapping moves a weight by one level at most")
     tau: float = switch(1.0, "no gradient where the level is further away than X times the smallest alpha", 0, 1e9)
-    learn_shift: bool = switch(True, "train the shift like alpha")
+    learn_shift: bool = switch(True, "train the shift like alpha in the blocks (the finish always does)")
     original_input: float = switch(0.5, "share of a block's inputs taken from the original model in training", 0, 1)
     n_ratios: int = switch(10, "clipping ratios that the initialization tries", 1)
     n_rounds: int = switch(8, "rounds of alternating update per ratio (0: start from uniform levels, like rtn)", 0)
@@ -109,7 +110,7 @@ class Settings:
     )
     eval_text: Path | None = evaluation(
         None,
-        "UTF-8 file for perplexity, or wikitext2 (test, joined as by GPTQ's loader) or c4 (first validation shard)",
+        "UTF-8 file for perplexity, or wikitext2 (test split) or c4 (1,100 documents), both joined as by GPTQ",
         shown="the test split or last tenth of --text, or held-out files of the library",
     )
     eval_seq_len: int | None = evaluation(None, "tokens per window", shown="as --seq-len")

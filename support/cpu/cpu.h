@@ -8,8 +8,8 @@
 //     int8.h     multiplies bytes; about 0.4 % off, and faster when several tokens share the work
 // and for many tokens, dequantize.h makes tiles of weights for an ordinary matrix product. These are written
 // once, for vectors of any width (an extension of C++ that GCC and clang share: + - * & >> act on all elements at once)
-// and four operations: load_halves, look_up, look_up_bytes, dot. x86.h and arm.h say which instructions
-// of a processor these are, and `emulated` below says what they mean.
+// and five operations: load_halves, load_table (its type: Table), look_up, look_up_bytes, dot. x86.h and arm.h say
+// which instructions of a processor these are, and `emulated` below says what they mean.
 
 #pragma once
 

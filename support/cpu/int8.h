@@ -1,5 +1,5 @@
-// The loop of bytes, included once for every processor, in a namespace that defines `look_up_bytes` and `dot` (see
-// `emulated` in cpu.h) and these constants:
+// The loop of bytes, included once for every processor, in a namespace that defines `load_halves`, `look_up_bytes`
+// and `dot` (see `emulated` in cpu.h) and these constants:
 //     LANES      rows in a vector of 32-bit words
 //     CENTER     what a byte must hold to stand for 0: 0 if the processor multiplies signed bytes, 128 if unsigned ones
 //
@@ -15,8 +15,8 @@
 // and columns. An outlier in x takes the precision of the other 31 columns of its word only. (No include guard: the
 // file is meant to be included several times.)
 
-// A word of x for one token. Byte q of x4[s] is column s + 8 q: so are the bits s, s + 8, s + 16, s + 24 of a word of
-// the planes the lowest bits of its bytes, after shifting by s.
+// A word of x for one token. Byte q of x4[s] is column s + 8 q. The planes have the same order: after a word is shifted
+// right by s, the lowest bits of its four bytes are those of columns s, s + 8, s + 16, s + 24.
 struct Word8 {
     int32_t x4[8];
     float scale;     // x = scale * byte
@@ -46,8 +46,8 @@ static void prepare_bytes(const float* x, const Job& job, float* tables) {
 }
 
 // What the bytes of LANES rows of a group mean: a weight is unit * (byte - CENTER) + offset. Its byte is the sum,
-// modulo 256, of one byte of levels[pair] for every pair of planes: byte 0 .. 3, as says the code of 2 bits, the first
-// plane the lower one.
+// modulo 256, of one byte of levels[pair] for every pair of planes: which of its bytes 0 .. 3 is said by
+// a code of 2 bits, whose lower bit is that of the first plane.
 struct Levels {
     Words levels[4];
     Floats unit, offset;
@@ -64,7 +64,7 @@ TARGET INLINE Levels load_levels(const Job& job, int64_t t, int64_t g, int first
 
     // A step from -alpha to +alpha is 2 alpha. All of them together fill most of the 256 values, and leave room for
     // rounding: at most 254. A multiple of 2^n_bits - 1 keeps a uniform quantizer exact, whose alphas halve from plane
-    // to plane; else all its groups would have the same error, and a model would feel that.
+    // to plane; else all its groups would have the same error, and the perplexity of a model would rise.
     const int codes = (1 << job.n_bits) - 1;
     const float filled = job.n_bits <= 5 ? 252 / codes * codes : 250;
 

@@ -1,5 +1,5 @@
-// The look-up loop, included once for every processor, in a namespace that defines `look_up` (see `emulated` in
-// cpu.h) and these constants:
+// The look-up loop, included once for every processor, in a namespace that defines `load_halves`, `load_table` and
+// `look_up` (see `emulated` in cpu.h) and these constants:
 //     LANES      rows in a vector
 //     COLUMNS    columns of x whose signed sums are one table
 //     ENTRIES    of a table: 2^COLUMNS

@@ -4,7 +4,6 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint8_t Octets __attribute__((vector_size(4 * LANES)));
-typedef int16_t Halves __attribute__((vector_size(2 * LANES)));
 
 template <class Vector>
 TARGET INLINE Vector load(const void* source) {  // from any address
@@ -12,5 +11,3 @@ TARGET INLINE Vector load(const void* source) {  // from any address
     std::memcpy(&out, source, sizeof out);
     return out;
 }
-
-TARGET INLINE Floats broadcast(float value) { return value - Floats{}; }

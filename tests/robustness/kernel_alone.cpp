@@ -1,7 +1,8 @@
-// kernel_cpu.h without Python and PyTorch: every path of this processor against float64 from the bits, one line a path
+// support/cpu without Python and PyTorch: every path of this processor against float64 from the bits, one line a path
 // and case. For processors that one only has an emulator of, and for gdb and valgrind:
 //
-//     aarch64-linux-gnu-g++ -std=c++17 -O2 -static tests/kernel_alone.cpp -o kernel_alone && qemu-aarch64 kernel_alone
+//     aarch64-linux-gnu-g++ -std=c++17 -O2 -static tests/robustness/kernel_alone.cpp -o kernel_alone
+//     qemu-aarch64 kernel_alone
 //     kernel_alone PATH ROWS COLUMNS BITS GROUP BATCH     once, without checking (to count its instructions)
 
 #include "../../support/cpu/cpu.h"
@@ -111,8 +112,8 @@ int main(int count, char** arguments) {
     }
     bool good = true;
     for (const Path& path : cpu_paths())
-        for (const Case& c : {Case{1, 32, 1, 32, 1}, Case{31, 96, 8, 32, 3}, Case{33, 576, 3, 64, 8}, Case{40, 576, 2, 192, 5},
-                              Case{70, 1536, 4, 128, 2}, Case{64, 1024, 5, 1024, 1}}) {
+        for (const Case& c : {Case{1, 32, 1, 32, 1}, Case{31, 96, 8, 32, 3}, Case{33, 576, 3, 64, 8},
+                              Case{40, 576, 2, 192, 5}, Case{70, 1536, 4, 128, 2}, Case{64, 1024, 5, 1024, 1}}) {
             Layer layer(c);
             double largest, typical;
             layer.errors(layer.multiply(path), largest, typical);

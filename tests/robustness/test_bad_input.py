@@ -197,8 +197,11 @@ MODEL = {  # what is done to the folder of an original model
     "size is a list": (config(vocab_size=[2048]), "vocab_size is [2048]: must be a whole number"),
     "size is negative": (config(intermediate_size=-160), "intermediate_size is -160: must be a whole number"),
     "size is a truth value": (config(num_hidden_layers=True), "num_hidden_layers is True: must be a whole number"),
-    "size is not a number": (config(rms_norm_eps=float("nan")), "rms_norm_eps is nan: must be a finite number"),
-    "size is infinite": (config(rms_norm_eps=float("inf")), "rms_norm_eps is inf: must be a finite number above 0"),
+    "size is not a number": (config(rms_norm_eps=float("nan")), "rms_norm_eps is nan: must be a number above 0"),
+    "size is infinite": (
+        config(rms_norm_eps=float("inf")),
+        "rms_norm_eps is inf: must be a number above 0, at",
+    ),
     "truth value is a string": (config(tie_word_embeddings="no"), "tie_word_embeddings is 'no': must be true or false"),
     "size beyond memory": (config(hidden_size=2**30), "has shape (2048, 64), config.json says (2048, 1073741824)"),
     "fewer blocks": (config(num_hidden_layers=1), "tensor model.layers.1.input_layernorm.weight has no place"),
@@ -217,8 +220,12 @@ MODEL = {  # what is done to the folder of an original model
     "rope is a string": (config(rope_scaling="linear"), "rope_scaling is 'linear': must be a JSON object"),
     "unknown rope": (config(rope_scaling={"rope_type": "yarn"}), "rope_type 'yarn' is not supported"),
     "unknown rope, newer file": (config(rope_parameters={"rope_type": "yarn"}), "rope_type 'yarn' is not supported"),
-    "incomplete rope": (config(rope_scaling={"rope_type": "llama3"}), "factor is None: must be a finite number"),
-    "rope frequency of zero": (config(rope_scaling={"rope_theta": 0}), "rope_theta is 0: must be a finite number"),
+    "incomplete rope": (config(rope_scaling={"rope_type": "llama3"}), "factor is None: must be a number above 0"),
+    "rope frequency of zero": (config(rope_scaling={"rope_theta": 0}), "rope_theta is 0: must be a number above 0"),
+    "rope frequency that PyTorch cannot take": (
+        config(rope_scaling={"rope_theta": 10**20}),
+        "rope_theta is 100000000000000000000: must be a number above 0, at most 1e18",
+    ),
     "rope range upside down": (
         config(rope_scaling=LLAMA3 | {"original_max_position_embeddings": 64, "low_freq_factor": 5}),
         "low_freq_factor is not below high_freq_factor",

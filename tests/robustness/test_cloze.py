@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from helpers import call, edit_config, edit_tensors
+from tokenizers.normalizers import Strip
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
@@ -90,6 +91,7 @@ def test_mmlu_by_the_texts_of_the_answers(model, tmp_path):
         ('{"query": "a", "choices": ["b", "c"], "gold": 2}', "is not an item"),
         ('{"query": "a", "choices": ["b", 3], "gold": 0}', "is not an item"),
         ('{"sentence_good": "", "sentence_bad": "a"}', "is not an item"),
+        ('{"context": "a", "continuation": " "}', "is not an item"),
     ],
     ids=str,
 )
@@ -127,9 +129,16 @@ def test_a_tokenizer_of_another_model_is_said(model, tmp_path):
     (tmp_path / "items.jsonl").write_text(json.dumps(KINDS["pairs"]()))
     result = call(main, "--model", small, "--task", tmp_path / "items.jsonl")
     assert result.code == 2 and "belong to different models?" in result.err
-    negative = edit_config(shutil.copytree(model, tmp_path / "negative"), bos_token_id=-1)
-    result = call(main, "--model", negative, "--task", tmp_path / "items.jsonl")
-    assert result.code == 2 and "there is a token -1, config.json says vocab_size 2048" in result.err
+
+
+@pytest.mark.parametrize("token", (-1, 2048, 2**63, True, "<s>"))
+def test_a_first_token_that_the_model_does_not_know_is_as_good_as_none(token, model, tmp_path):
+    (tmp_path / "items.jsonl").write_text(json.dumps(KINDS["pairs"]()))
+    said = []
+    for bos in (None, token):
+        changed = edit_config(shutil.copytree(model, tmp_path / f"model {bos is None}"), bos_token_id=bos)
+        said.append(call(main, "--model", changed, "--task", tmp_path / "items.jsonl"))
+    assert said[0].code == 0 and said[0] == said[1]
 
 
 def test_items_that_do_not_fit_are_counted(toy, tmp_path):
@@ -166,3 +175,10 @@ def test_a_text_without_context_begins_once(model):
     ids, n = encode_pair(tokenizer, "", "def read", first=1)
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     assert encode_pair(tokenizer, "", "def read", first=1) == (ids, n) and (ids.count(1), n) == (1, 1)
+
+
+def test_a_text_of_which_a_tokenizer_leaves_nothing_is_said(model):
+    tokenizer = load_tokenizer(model)
+    tokenizer.normalizer = Strip()
+    with pytest.raises(ValueError, match="an item of the task, '  ': this tokenizer makes no tokens of it"):
+        encode_pair(tokenizer, "", "  ", first=1)

@@ -48,14 +48,17 @@ def writer(toy, tmp_path_factory):
     return without_blocks(toy, tmp_path_factory.mktemp("models") / "writer", change)
 
 
-@pytest.mark.parametrize("eos", ["config.json", "generation_config.json", "a list", "none"])
+@pytest.mark.parametrize("eos", ["config.json", "generation_config.json", "a list", "none", "null in the first"])
 def test_a_text_ends_at_its_end_token_and_special_tokens_of_the_prompt_are_shown(eos, writer, tmp_path):
     model = shutil.copytree(writer, tmp_path / "model")
     last = load_tokenizer(model).encode(WRITTEN).ids[-1]
-    edit_config(model, eos_token_id={"config.json": last, "a list": [7, last], "none": None}.get(eos, 7))
+    in_config = {"config.json": last, "a list": [7, last, 2**63], "none": None, "null in the first": last}
+    edit_config(model, eos_token_id=in_config.get(eos, 7))
     (model / "generation_config.json").unlink(missing_ok=True)
     if eos == "generation_config.json":
         (model / "generation_config.json").write_text(json.dumps({"eos_token_id": last}))
+    if eos == "null in the first":
+        (model / "generation_config.json").write_text(json.dumps({"eos_token_id": None}))
     result = call(main, "--model", model, "--prompt", "<|end|>x", "--tokens", 30)
     text = result.out.rpartition("\n\n")[0]
     assert text.startswith(f"<|end|>{WRITTEN}"), result.err

@@ -197,7 +197,7 @@ def test_a_repository_without_safetensors_is_said(hub, text):
     assert result.returncode == 2 and "no model.safetensors in this folder" in last_line(result)
 
 
-def test_a_folder_of_that_name_wins(toy, text, tmp_path, monkeypatch):
+def test_a_folder_of_that_name_wins(toy, tmp_path, monkeypatch):
     shutil.copytree(toy, tmp_path / "org" / "toy")
     monkeypatch.chdir(tmp_path)
     assert model_folder(Path("org/toy")) == Path("org/toy")
@@ -210,7 +210,7 @@ ROWS = [
     " one\u2028line of text \n",
     " and\x85another \n",
 ] * 200  # as the Hub's data set has them
-DOCUMENTS = [f"document {i} is here" for i in range(200)]
+DOCUMENTS = [f"document {i} is here" for i in range(1100)]
 
 
 @pytest.fixture
@@ -219,10 +219,10 @@ def texts(hub, tmp_path):
     with zipfile.ZipFile(tmp_path / "wiki.zip", "w") as archive:
         archive.writestr("wikitext-2-raw/wiki.test.raw", "".join(row or " \n" for row in ROWS))
         archive.writestr("wikitext-2-raw/wiki.train.raw", "other")
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS + ["beyond those that GPTQ takes"])
     hub.repositories["datasets/ggml-org/ci"] = {"wikitext-2-raw-v1.zip": (tmp_path / "wiki.zip").read_bytes()}
     hub.repositories["datasets/allenai/c4"] = {"en/c4-validation.00000-of-00008.json.gz": gzip.compress(lines.encode())}
-    return {"wikitext2": "\n\n".join(ROWS), "c4": "\n\n".join(DOCUMENTS)}
+    return {"wikitext2": "\n\n".join(ROWS), "c4": " ".join(DOCUMENTS)}
 
 
 @pytest.mark.parametrize("name", ["wikitext2", "c4"])

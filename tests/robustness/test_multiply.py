@@ -13,7 +13,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from helpers import call
-from products import ROOT, assert_right, exact_weight, product
+from products import ROOT, TYPES, assert_right, exact_weight, product
 
 import calibrate
 import eval
@@ -32,7 +32,6 @@ SHAPES = [  # out_features, in_features, group_size
     (70, 4096, -1),
 ]  # fmt: skip
 CASES = [(out, width, n_bits, size) for n_bits, (out, width, size) in itertools.product(range(1, 9), SHAPES)]
-TYPES = (torch.float32, torch.float16, torch.bfloat16)
 ODD = [(40, 1536, 3, 64), (40, 1536, 3, 128), (40, 1536, 4, 768)]  # out_features, in_features, n_bits, group_size
 
 

@@ -238,8 +238,8 @@ def test_death_of_one_process_ends_all_with_one_line_and_finished_blocks_are_kep
 
 
 @slow
-def test_two_machines_of_which_one_dies_and_one_process_goes_on(options, one, tmp_path):
-    """More epochs than those of `one`: the first block must be finished before the second machine is shot down."""
+def test_two_machines_of_which_one_dies_and_one_process_goes_on(options, tmp_path):
+    """Many epochs: the first block must be finished before the second machine is shot down."""
     options = [*options, "--epochs", "20", "--finish-steps", "4", "--out", tmp_path / "out"]
     agents = start_two_machines(*options)
     while blocks_finished(tmp_path / "out") < 1:

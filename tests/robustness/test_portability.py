@@ -138,7 +138,7 @@ def test_method_kernels_and_model_need_nothing_of_the_rest(name):
     assert not imports(parse(ROOT / name)) & {"support", "experiments", "calibrate", "eval", "models"}
 
 
-def test_the_root_holds_the_card():
+def test_the_root_holds_nothing_but_what_is_listed_here():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git repository")

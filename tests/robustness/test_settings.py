@@ -9,7 +9,7 @@ from helpers import call
 
 import calibrate
 import eval
-from support.settings import Evaluation, Settings, add_options
+from support.settings import Evaluation, Settings, add_options, flag
 
 COMMANDS = {Settings: calibrate, Evaluation: eval}
 OPTIONS = [(kind, f) for kind in COMMANDS for f in fields(kind)]
@@ -19,10 +19,6 @@ NUMBERS = [  # each number with an end of its range, and the next one beyond it
     for end, step in zip(f.metadata["range"], (-1, 1))
     if math.isfinite(end)
 ]
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def parse(kind: type, *arguments):
