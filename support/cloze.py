@@ -40,8 +40,7 @@ def is_sound(item: dict) -> bool:
     if "choices" in item:
         choices = item["choices"]
         return item["gold"] in range(len(choices)) and all(isinstance(choice, str) for choice in choices)
-    texts = (item.get("sentence_good"), item.get("sentence_bad"), item.get("continuation", "x").strip())
-    return "" not in texts
+    return all(text.strip() for key, text in item.items() if key != "context")
 
 
 def item_of(x: object) -> dict | None:

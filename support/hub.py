@@ -54,7 +54,7 @@ def named_text(name: str, held_out: bool) -> str:
                 raw = archive.read(f"wikitext-2-raw/wiki.{'test' if held_out else 'train'}.raw")
             return join_rows(raw.decode("utf-8"))
         with gzip.open(path, "rt", encoding="utf-8") as lines:
-            documents = itertools.islice(lines, 1_100 if held_out else 10_000)  # GPTQ evaluates on as many
+            documents = itertools.islice(lines, 1_100 if held_out else 10_000)  # GPTQ evaluates on 1,100, too
             return " ".join(json.loads(document)["text"] for document in documents)
     except (OSError, ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as error:
         raise OSError(f"{path}: cannot be read ({error}); delete it, and it is downloaded again") from None
