@@ -464,7 +464,7 @@ The original has {first["perplexity"]["original"]:.2f}{on_all}.
 
 ![Perplexity against stored bits per weight](docs/perplexity.png)
 
-{group_section(runs)}{whole_table(runs)}What start, blocks and finish are worth:
+{group_section(runs)}{whole_table(runs)}What start, blocks and finish are worth, with seed 0:
 
 {stage_table(runs)}
 
