@@ -20,7 +20,7 @@ EVAL_SEQ_LEN = 2048
 SETTING = f"--samples {SAMPLES} --seq-len 512 --epochs {EPOCHS} --eval-seq-len {EVAL_SEQ_LEN}"  # on SmolLM2
 FEW = "--eval-windows 8"  # windows of the test set
 CELLS = [(bits, group_size) for group_size in (64, -1) for bits in (3, 4, 2)]
-BETWEEN = [(3, 128), (3, 32)]  # cells beside them, for the picture
+BETWEEN = [(3, 192), (3, 32)]  # cells beside them, for the picture; groups of 128 do not divide the 576 columns
 MAIN = (3, 64)  # the cell that the original is measured with
 METHODS = {  # column -> options
     "rtn": "--method rtn",

@@ -230,7 +230,7 @@ def test_a_run_is_resumed_with_more_or_less_memory(memory, dies, toy, text, tmp_
 def test_space_for_a_finish_that_does_not_fit_is_not_asked_for(toy, text, tmp_path, monkeypatch):
     monkeypatch.setattr("support.plan.peak_and_total", lambda device: (0, 1000))
     result = call(main, *command(toy, text, tmp_path / "out"), "--dry-run")
-    assert result.code == 0 and "without the finish" in result.out and "states in memory" not in result.out
+    assert result.code == 0 and "without the finish" in result.out and "--finish-steps 4, states" not in result.out
 
 
 def test_levels_that_are_fixed_have_no_finish():
