@@ -376,23 +376,27 @@ def plots(runs: dict) -> None:
 
 
 def peers_plot(runs: dict) -> None:
-    """Perplexity against the bits that are stored, each method in its own format."""
+    """Perplexity against the bits that are stored, each method in its own format; lines join the sizes of groups."""
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
     looks = dict(zip(METHODS, ("v:#999999", "^:#E69F00", "s:#56B4E9", "D:#009E73", "P--#CC79A7", "o-#D55E00")))
     for method, look in looks.items():
-        points = []
-        for cell in CELLS + BETWEEN:
-            if value := perplexity(runs, options(method, *cell), method):
-                planes = runs[options(method, *cell)]["bits_per_weight"]
-                points.append((stored_bits(method, *cell, planes), value))
-        if points:
-            marker, style, color = look[0], look[1:-7], look[-7:]
-            axes.plot(*zip(*sorted(points)), marker + style, color=color, label=method)
+        marker, style, color = look[0], look[1:-7], look[-7:]
+        axes.plot([], [], marker + style, color=color, label=method)
+        for bits in sorted({bits for bits, _ in CELLS}):
+            points = []
+            for cell in CELLS + BETWEEN:
+                value = perplexity(runs, options(method, *cell), method)
+                if cell[0] == bits and value:
+                    planes = runs[options(method, *cell)]["bits_per_weight"]
+                    points.append((stored_bits(method, *cell, planes), value))
+            if points:
+                axes.plot(*zip(*sorted(points)), marker + style, color=color)
     original = perplexity(runs, options("rtn", *MAIN), "original")
     axes.axhline(original, color="black", linewidth=1, label="original, 16 bits")
     axes.set(yscale="log", ylim=(original * 0.95, original * 10), xlabel="stored bits per weight")
-    axes.set(ylabel="perplexity", title="SmolLM2-135M, rows and groups; what is above is beyond ten times")
+    axes.set(ylabel="perplexity, up to ten times the original's")
+    axes.set_title("SmolLM2-135M: 2, 3 and 4 bits, each a line from rows to small groups")
     axes.set_yticks([20, 25, 30, 40, 60, 100, 150], labels=[20, 25, 30, 40, 60, 100, 150])
     axes.minorticks_off()
     axes.legend()
