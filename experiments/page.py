@@ -384,12 +384,11 @@ def peers_plot(runs: dict) -> None:
         marker, style, color = look[0], look[1:-7], look[-7:]
         axes.plot([], [], marker + style, color=color, label=method)
         for bits in sorted({bits for bits, _ in CELLS}):
-            points = []
-            for cell in CELLS + BETWEEN:
-                value = perplexity(runs, options(method, *cell), method)
-                if cell[0] == bits and value:
-                    planes = runs[options(method, *cell)]["bits_per_weight"]
-                    points.append((stored_bits(method, *cell, planes), value))
+            points = [
+                (stored_bits(method, *cell, runs[options(method, *cell)]["bits_per_weight"]), statistics.mean(measured))
+                for cell in CELLS + BETWEEN
+                if cell[0] == bits and (measured := values(runs, cell)[method])
+            ]
             if points:
                 axes.plot(*zip(*sorted(points)), marker + style, color=color)
     original = perplexity(runs, options("rtn", *MAIN), "original")
