@@ -4,14 +4,15 @@
     python calibrate.py --model FOLDER --text wikitext2 --bits 3 --group-size 128
     torchrun --nproc-per-node 8 calibrate.py --model FOLDER ..               # with all GPUs of a machine
 
-For each decoder block: initialize its quantizers; train them so that the block, fed with what the quantized blocks
-before it produce, returns what the original model returns there; pack it. (Block by block as in BRECQ, Li et al. 2021;
+For each decoder block: initialize its quantizers; train them so that the block, fed with the output of the quantized
+blocks before it, returns what the original model returns there; pack it. (Block by block as in BRECQ, Li et al. 2021;
 half of the inputs from the original model as in QDrop, Wei et al. 2022.) At the end all levels of the model are
 trained together, see support/finish.py.
 
 In memory are one block with its quantizers and, on the host, three sets of activations, (samples, seq_len,
-hidden_size) in bf16; for error feedback, the block's Hessians too. Arithmetic is in float32. How a run that was killed
-is resumed is told in support/resume.py, how several processes share the work in support/parallel.py.
+hidden_size) in bf16; for error feedback, the block's Hessians too. Arithmetic is in float32 (products
+of training steps on a GPU: TF32). How a killed run is resumed is explained in support/resume.py, how several processes
+share the work in support/parallel.py.
 """
 
 if __name__ == "__main__":
@@ -59,7 +60,7 @@ from support.settings import PAPER, Settings, add_options, flag
 
 CHECK_EVERY = 50  # training steps: to look at a loss, the host must wait for a GPU
 N_LINEARS = 7  # in a block: q, k, v, o, gate, up, down
-SAME_INPUT = {  # layer -> another that is fed with the same
+SAME_INPUT = {  # layer -> another with the same input
     "self_attn.k_proj": "self_attn.q_proj",
     "self_attn.v_proj": "self_attn.q_proj",
     "mlp.up_proj": "mlp.gate_proj",
@@ -74,12 +75,12 @@ class Activations:
 
     original: Tensor  # output of the original blocks before it
     quantized: Tensor  # output of the quantized blocks before it
-    target: Tensor  # what the original block makes of `original`; empty until it has done so
+    target: Tensor  # output of the original block on `original`; not filled until it has run
     rope: tuple[Tensor, Tensor]  # cos and sin, on the device that computes
 
     def next_block(self) -> None:
-        """The target of one block is the original input of the next, and its output, which `settle` has written to
-        `original`, the quantized one."""
+        """The block's target becomes the next block's original input, and its output, which `settle` has written to
+        `original`, becomes the quantized one."""
         self.original, self.quantized, self.target = self.target, self.original, self.quantized
 
 
@@ -155,7 +156,7 @@ def input_hessians(block: Block, x: Tensor, rope: tuple[Tensor, Tensor]) -> dict
 
     x: what the block is fed with, (samples, seq_len, hidden_size) on the host
     In memory: four matrices in float32 (Llama-2-7B: 0.7 GB), as layers with the same input share one; error feedback
-    makes about five more of the size of a layer's."""
+    allocates about five more, the size of one layer's."""
     layers = {name: linear for name, linear in linears(block).items() if name not in SAME_INPUT}
     hessians = {name: linear.weight.new_zeros(2 * [linear.in_features]) for name, linear in layers.items()}
 
@@ -229,7 +230,7 @@ def pack_layers(quantizers: dict[str, FlexBCQLinear]) -> dict[str, BCQLinear]:
 
 def settle(block: Block, packed: dict[str, BCQLinear], x: Activations) -> float:
     """Replace the layers by their bit-planes (on several processes: those of the first). From here on the block
-    computes with the numbers in the file. Writes the output over the original inputs, which nobody needs any more, and
+    computes with the numbers in the file. Overwrites the original inputs, no longer needed, with the output, and
     returns its error."""
     for name, layer in packed.items():
         parallel.agree(layer.state_dict().values())
@@ -321,13 +322,13 @@ def quantize_block(
     """Block i from float to bit-planes. Returns its packed layers and its record: seconds and losses.
 
     x: the activations of block i, which become those of block i + 1
-    advance: called after each layer initialized and each step, and with the loss before training
-    A block that training has made worse is packed as it was before; its record then has `training_kept` False.
+    advance: called after each layer is initialized and after each step; once with the loss before training, as text
+    A block that training has not improved is packed untrained; its record then has `training_kept` False.
     Raises ValueError if the loss is not finite or a layer cannot be packed."""
     start = time.perf_counter()
     block = checkpoint.block(i, device=settings.device)
 
-    # what the original block answers, and what its layers see
+    # what the original block returns, and what its layers receive
     with input_squares(linears(block) if settings.importance else {}) as importance:
         run_block(block, x.original, x.rope, out=x.target)
     hessians = input_hessians(block, x.quantized, x.rope) if settings.feedback_passes else None
@@ -353,7 +354,7 @@ def quantize_block(
         record["training"] = time.perf_counter() - training
         record["moves"] = moves(ranks_before, [q.ranks() for q in quantizers.values()], settings.bits)
 
-    # bit-planes; training cannot end worse than it began
+    # bit-planes; if training has not improved the block, those from before it
     packed = pack_layers(quantizers)
     record["loss_after"] = settle(block, packed, x)
     if settings.is_trained:
@@ -374,7 +375,7 @@ def quantize_block(
 def calibrate(checkpoint: Checkpoint, ids: Tensor, settings: Settings, folder: Path, report: dict) -> None:
     """Quantize every block, in order, and write it to `folder`; those in the report are finished already.
 
-    ids: (samples, seq_len); report: as in support/resume.py, here it gets a record per block"""
+    ids: (samples, seq_len); report: as in support/resume.py; gets one record per block here"""
     n_blocks, records = checkpoint.config.num_hidden_layers, report["blocks"]
     if len(records) == n_blocks:
         return
@@ -399,12 +400,12 @@ def calibrate(checkpoint: Checkpoint, ids: Tensor, settings: Settings, folder: P
 
             minutes_left = sum(r["seconds"] for r in records) / len(records) * (n_blocks - i - 1) / 60
             losses = f"loss {record['loss_before']:.3e} -> {record['loss_after']:.3e}"
-            losses += " (as before training, which made it worse)" * (not record.get("training_kept", True))
+            losses += " (kept from before training, which did not lower it)" * (not record.get("training_kept", True))
             bar.set_postfix_str(f"{losses}, {minutes_left:.1f} min left")
 
 
 def show(bar: tqdm, news: str = "") -> None:
-    """Advance a progress bar by one step or, given some text, show it behind the bar."""
+    """Advance a progress bar by one step or, given some text, show it after the bar."""
     if news:
         bar.set_postfix_str(news)
     else:
@@ -412,9 +413,9 @@ def show(bar: tqdm, news: str = "") -> None:
 
 
 def rehearse(checkpoint: Checkpoint, samples: Tensor, windows: Tensor, settings: Settings) -> None:
-    """The original on a few windows, and block 0 with four steps; not the finish. Prints a plan of the run.
+    """Evaluate the original on a few windows, quantize block 0 with four steps; no finish. Prints a plan of the run.
 
-    So a wrong tokenizer, or a block that does not fit into the memory of the GPU, fails here and not after hours."""
+    A wrong tokenizer, or a block that does not fit into the memory of the GPU, thus fails here and not hours later."""
     paths(settings.device.type)  # compiles the kernels now, so that this is not part of the measured time
     n_blocks, vocab_size = checkpoint.config.num_hidden_layers, checkpoint.config.vocab_size
     few = windows[:4]
@@ -430,13 +431,13 @@ def rehearse(checkpoint: Checkpoint, samples: Tensor, windows: Tensor, settings:
 
     def stamp(news: str = "") -> None:
         if settings.device.type == "cuda":
-            torch.cuda.synchronize()  # so far it has only been told what to do
+            torch.cuda.synchronize()  # the GPU may not have done yet what it was told to do
         stamps.append(time.perf_counter())
 
     with named("model.layers.0"):
         _, record = quantize_block(checkpoint, 0, x, short, stamp)
 
-    # the time of the whole run: of the steps the last two, one with a new mapping and one without
+    # the time of the whole run, from the last two steps: by default one with a new mapping, one without
     per_step = (stamps[-1] - stamps[-3]) / 2 if settings.n_steps else 0
     per_sample = (record["seconds"] - record["initializing"] - record["training"]) / len(few)
     finishing = 4 / 3 * (per_step or per_sample) * settings.finish_steps  # a step of it has one forward pass more
@@ -510,7 +511,7 @@ def run(settings: Settings) -> None:
             measure_baselines(checkpoint, windows, settings, report["perplexity"])
         calibrate(checkpoint, samples, settings, folder, report)
         if settings.finish_steps:
-            if report.get("finish", fits):  # what an earlier run has decided stays so
+            if report.get("finish", fits):  # what an earlier run decided still holds
                 finish(checkpoint, others, settings, folder, report)
             else:
                 leave_out(folder, report)
@@ -530,8 +531,8 @@ def run(settings: Settings) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Quantize a Llama (a Hugging Face folder) and write it as a packed checkpoint folder.",
-        epilog="The defaults add stages of our own to the paper's method; --paper leaves them out and sets the rest of "
-        "it as in the paper. Samples and epochs are the paper's by default; for the bundled model: --epochs 20.",
+        epilog="The defaults add stages of our own to the paper's method; --paper leaves them out and sets the rest "
+        "as in the paper. Samples and epochs are the paper's by default; for the bundled model, add --epochs 20.",
     )
     preset = " ".join("--no-" + flag(k)[2:] if v is False else f"{flag(k)} {v}" for k, v in PAPER.items())
     parser.add_argument("--paper", action="store_const", const=PAPER, default={}, help=f"the paper's method: {preset}")

@@ -8,9 +8,9 @@ share of positions with the same most likely token), text from a prompt with tok
     python eval.py --model FOLDER --mmlu DATA --shots 5
     python eval.py --model FOLDER --task blimp
 
-Perplexity by the protocol of the field (Frantar et al. 2022): the text is tokenized whole and cut into windows of
-seq_len that do not overlap; each window predicts its own tokens from the second on; the exponential of the mean loss.
-It is computed one decoder block at a time over all windows, in float32, so a model of any depth needs the memory of
+Perplexity follows the usual protocol (Frantar et al. 2023): the text is tokenized whole and cut into windows of seq_len
+that do not overlap; in each, all tokens from the second on are predicted; the result is exp of the mean loss. It is
+computed one decoder block at a time over all windows, in float32, so a model of any depth needs the memory of
 one block and of the activations.
 """
 
@@ -43,7 +43,7 @@ from support.settings import Evaluation, add_options, flag
 from support.stack import stack_layers
 from support.tasks import accuracy, load_model, subjects, table
 
-BESIDE = {  # option -> those that it means nothing without
+BESIDE = {  # option -> those of which it needs one
     **dict.fromkeys(("tokens", "temperature", "chat"), ("prompt",)),
     "seed": ("temperature",),
     **dict.fromkeys(("cloze", "shots"), ("mmlu",)),
@@ -126,7 +126,7 @@ def compare(checkpoint: Checkpoint, original: Checkpoint, windows: Tensor, devic
 
     Raises ValueError if their vocabularies differ in size or a loss is not a number."""
     if checkpoint.config.vocab_size != original.config.vocab_size:
-        raise ValueError(f"{original.folder}: has another vocabulary than {checkpoint.folder}; give the original of it")
+        raise ValueError(f"{original.folder}: differs in vocabulary from {checkpoint.folder}; give its original")
     # the final hidden states of both, and their heads
     both = (checkpoint, original)
     states = [run_blocks(c, windows, device, label=c.folder.name) for c in both]
@@ -188,7 +188,7 @@ def generate(
     device: torch.device,
     show: Callable[[str], None],
 ) -> Speed:
-    """Continue the prompt up to the end of the text: the likeliest token, or one drawn at a temperature.
+    """Continue the prompt until the text ends (at most --tokens): each token the likeliest, or drawn at a temperature.
 
     show: gets the prompt as it is given, then the continuation as it comes, in pieces of whole characters
     Raises ValueError as `prompt_tokens` does."""
@@ -250,7 +250,7 @@ def run(settings: Evaluation) -> None:
                 raise ValueError(f"{flag(name)}: means nothing with {flag(other)}; leave it out")
     if sum(x is not None for x in (settings.prompt, settings.task, settings.mmlu, settings.against)) > 1:
         raise ValueError("--prompt, --task, --mmlu and --against: give only one of them")
-    forced_path()  # is it one?
+    forced_path()  # raises ValueError for a bad FLEXBCQ_KERNEL
     device = check_device(settings.device)
     checkpoint = Checkpoint(model_folder(settings.model))
     tokenizer = load_tokenizer(checkpoint.folder)

@@ -4,7 +4,7 @@ Paper: *Flexible Binary-coding Quantization for Large Language Models* (ICLR 202
 UniQuanF, *Unifying Uniform and Binary-coding Quantization for Accurate Compression of Large Language Models* (ACL 2025,
 arXiv 2506.03781).
 
-A weight passes three stations:
+A weight goes through three steps:
 
     transform   v  = w / (scale * s_elem * s_row) + zero_point
     map         q  = the level nearest to v,  levels = { sum_i alpha_i b_i + shift : b in {-1, +1}^n_bits }
@@ -18,9 +18,9 @@ weight to another level without moving the levels) makes it FlexRound, learning 
     mapping fixed       rtn             bcq
     mapping learned     flexround       flexbcq
 
-Any of them may start with error feedback, where the columns of a weight make up for each other's errors (bcq and
-flexbcq do, unless told otherwise); rtn with it is known as gptq. Whatever was learned, `fold` turns it into plain BCQ:
-w^ = sum_i alpha*_i b_i + shift*.
+Any of them may start with error feedback, where columns of a weight compensate for each other's errors (bcq and
+flexbcq do so by default in calibrate.py); rtn with error feedback is known as gptq. Whatever was learned, `fold` turns
+it into plain BCQ: w^ = sum_i alpha*_i b_i + shift*.
 
     in the literature              here             shape
     Delta, z_U                     scale, zero_point (n_groups, 1)
@@ -48,8 +48,8 @@ METHODS = {  # name -> (learn_mapping, learn_levels)
     "flexround": (True, False),
     "flexbcq": (True, True),
 }
-WITH_GPTQ = METHODS | {"gptq": METHODS["rtn"]}  # its other part is error feedback
-COLUMNS = 128  # handled one by one before their errors go to all later ones by a matrix product
+WITH_GPTQ = METHODS | {"gptq": METHODS["rtn"]}  # gptq is rtn plus error feedback
+COLUMNS = 128  # handled one by one; the errors of all columns before them come in at once, by a matrix product
 
 
 # ------------------------------------------------------------------------------------------------ levels and mapping
@@ -80,7 +80,7 @@ def levels(alpha: Tensor, shift: Tensor) -> Tensor:
     >>> levels(torch.tensor([[2.0, 0.5]]), torch.tensor([[1.0]]))
     tensor([[-1.5000, -0.5000,  2.5000,  3.5000]])"""
     signs = sign_patterns(alpha.shape[1], alpha)
-    if alpha.is_cuda:  # in float64: of float32 a GPU may round the factors (TF32), and `fold` does not
+    if alpha.is_cuda:  # in float64: a GPU may round float32 factors (TF32), which `fold` does not do
         return (alpha.double() @ signs.double().T).to(alpha.dtype) + shift
     return alpha @ signs.T + shift
 
@@ -106,19 +106,19 @@ def nearest(v: Tensor, alpha: Tensor, shift: Tensor) -> Tensor:
     >>> nearest(torch.tensor([[-9.0, -0.7, 2.0, 3.1]]), alpha, shift)
     tensor([[0, 2, 1, 3]], dtype=torch.uint8)"""
     values, order = levels(alpha, shift).sort(dim=1)  # order[g, r]: the code of the r-th smallest level
-    rank = torch.searchsorted(midpoints(values), v.contiguous())  # midpoints below v: the place of the nearest level
+    rank = torch.searchsorted(midpoints(values), v.contiguous())  # midpoints below v = rank of the nearest level
     return order.to(torch.uint8).gather(1, rank)
 
 
 def nearest_nearby(v: Tensor, codes: Tensor, alpha: Tensor, shift: Tensor) -> Tensor:
     """Local mapping: the nearest among the present level and its two neighbours by value. Shapes as in `nearest`.
 
-    differs: the released code takes codes +- 1 for neighbours, which is by value only while alphas are in order."""
+    differs: the released code takes codes +- 1 for neighbours, right only while the codes are in order of value."""
     values, order = levels(alpha, shift).sort(dim=1)
     rank = order.argsort(dim=1)  # rank[g, c]: the place of code c by value
     order = order.to(torch.uint8)
 
-    # for each place by value: where the neighbours begin to be nearer, and their codes
+    # for each rank: the bounds beyond which a neighbour is nearer, and the codes of the two neighbours
     middle, infinity = midpoints(values), torch.full_like(values[:, :1], torch.inf)
     lower_of_rank = torch.cat((-infinity, middle), 1)
     upper_of_rank = torch.cat((middle, infinity), 1)
@@ -144,11 +144,11 @@ def prefix_sums(x: Tensor) -> Tensor:
 
 
 class SortedGroups:
-    """All that the alternating update needs to know of the weights.
+    """What the alternating update needs to know about the weights.
 
-    Within a group the problem is one-dimensional (ours): with the weights in order, those of a level are a run between
-    two midpoints, and prefix sums give its count and its sum without looking at a weight again. With importances
-    instead of ones, all are weighted: the squared error is sum_j h_j (w_j - q_j)^2."""
+    Within a group the problem is one-dimensional (ours): once the weights are sorted, those of a level form a run
+    between two midpoints, and prefix sums give its count and its sum without looking at a weight again. Importances
+    h_j weight counts, sums and the squared error, which is sum_j h_j (w_j - q_j)^2; without them every h_j is 1."""
 
     def __init__(self, w: Tensor, importance: Tensor | None = None):
         """w, importance: (n_groups, group_size)."""
@@ -170,7 +170,7 @@ class SortedGroups:
 def alternating_update(
     groups: SortedGroups, alpha: Tensor, shift: Tensor, n_rounds: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fit levels (Xu et al. 2018): codes fixed, least squares for alpha and shift; those fixed, the nearest codes.
+    """Fit levels (Xu et al. 2018) by turns: alpha and shift by least squares for given codes; then the nearest codes.
 
     alpha: (n_groups, n_bits), shift: (n_groups, 1), where to start
     Returns alpha, shift and the squared error of each group, (n_groups, 1), in float64. The error never rises."""
@@ -183,7 +183,7 @@ def alternating_update(
     damping = (1e-9 * groups.counts[:, -1:, None]).clamp(min=1e-30) * eye
 
     for _ in range(n_rounds):
-        # theta fixed: the nearest codes. How many weights has each level, and what is their sum?
+        # theta fixed: the nearest codes. How many weights does each level have, and what is their sum?
         values, order = (theta @ features.T).sort(dim=1)  # (n_groups, 2^n_bits)
         count, total = groups.split(values)
 
@@ -204,7 +204,7 @@ def alternating_update(
 
 
 def uniform_range(w: Tensor, n_bits: int, ratio: float = 1.0, whole: bool = True) -> tuple[Tensor, Tensor]:
-    """scale and zero_point, (n_groups, 1) each, of uniform levels over the range of each group shrunk by `ratio`.
+    """scale and zero_point, (n_groups, 1) each, of uniform levels over `ratio` times the range of each group.
 
     whole: zero_point is an integer and the range includes 0, so that a weight of 0 stays 0, as RTN usually has it (once
     packed, up to the rounding of alpha and shift to fp16)
@@ -221,9 +221,9 @@ def uniform_range(w: Tensor, n_bits: int, ratio: float = 1.0, whole: bool = True
 def initialize(
     w: Tensor, n_bits: int, n_ratios: int, n_rounds: int, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unified initialization: over `n_ratios` clipping ratios, uniform levels improved by `n_rounds` of alternating
-    update; per group the best by squared error stays. Without a round: uniform levels as RTN has them, with an integer
-    zero_point and 0 in the range. w, importance: (n_groups, group_size) float.
+    """Unified initialization: for each of `n_ratios` clipping ratios, uniform levels improved by `n_rounds` rounds of
+    alternating updates; each group keeps the result with the least squared error. With n_rounds=0: uniform levels as in
+    RTN, with an integer zero_point and 0 in the range. w, importance: (n_groups, group_size) float.
 
     Returns scale, zero_point (n_groups, 1) and, in units of scale, alpha (n_groups, n_bits) and shift (n_groups, 1)."""
     found = [initialize_groups(part, n_bits, n_ratios, n_rounds, h) for part, h in chunks(w, importance)]
@@ -262,7 +262,7 @@ def initialize_groups(w: Tensor, n_bits: int, n_ratios: int, n_rounds: int, impo
 
 
 def damped(hessian: Tensor, share: float = 0.01) -> Tensor:
-    """The Hessian in units of its mean diagonal plus `share` of the identity: positive definite, whatever came.
+    """The Hessian divided by its mean diagonal, plus `share` times the identity: positive definite for any inputs.
 
     hessian: (in_features, in_features), sum of x x^T over inputs x. Raises ValueError if it is not finite.
 
@@ -277,7 +277,7 @@ def damped(hessian: Tensor, share: float = 0.01) -> Tensor:
 
 
 def upper_root(hessian: Tensor) -> Tensor:
-    """R, upper triangular, with hessian = R R^T: the Cholesky factor seen from the last column."""
+    """R, upper triangular, with hessian = R R^T: a Cholesky factor computed from the last column to the first."""
     return torch.linalg.cholesky(hessian.flip(-2, -1)).flip(-2, -1)
 
 
@@ -296,14 +296,14 @@ def error_feedback(w: Tensor, hessian: Tensor, alpha: Tensor, shift: Tensor) -> 
     """Choose codes column by column, each making up for the errors of those before (GPTQ, Frantar et al. 2023).
 
     w: (out_features, in_features); hessian: positive definite; alpha: (n_groups, n_bits), shift: (n_groups, 1)
-    Returns the codes, uint8, and the weights whose nearest levels they are, both like w.
+    Returns the codes, uint8, and the adjusted weights, whose nearest codes they are; both have the shape of w.
 
-    With H = R R^T the error of a row is |e R|^2, and as R is upper triangular nothing after column k is in (e R)_k:
+    With H = R R^T the error of a row is |e R|^2, and since R is upper triangular, (e R)_k has no e_i with i > k in it:
 
         (e R)_k = e_k R_kk + sum_{i<k} e_i R_ik       smallest if q_k is nearest to w_k + sum_{i<k} e_i R_ik / R_kk
 
-    GPTQ comes to the same codes by way of the inverse of H; this is the form of QuIP (LDLQ, Chee et al. 2023), who show
-    that. The columns of the largest inputs come first."""
+    GPTQ arrives at the same codes by way of the inverse of H; the form used here is LDLQ, from QuIP (Chee et al. 2023),
+    which proves this. The columns of the largest inputs come first."""
     order = hessian.diagonal().argsort(descending=True)
     root = upper_root(hessian[order][:, order])
     feed = root / root.diagonal()  # R_ik / R_kk
@@ -330,14 +330,14 @@ def error_feedback(w: Tensor, hessian: Tensor, alpha: Tensor, shift: Tensor) -> 
 def refit_levels(w: Tensor, hessian: Tensor, codes: Tensor, alpha: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """Codes fixed: least squares for all alpha and shift of a row together. Shapes as in `error_feedback`.
 
-    A row is q = F theta, where F has the signs and a 1 of each weight in the columns of its group, 0 elsewhere. Its
-    error is smallest where F^T H F (theta_new - theta) = F^T H (w - q)."""
+    A row is q = F theta, where F holds each weight's signs and a 1 in the columns of its group, and 0 elsewhere. The
+    row's error is smallest where F^T H F (theta_new - theta) = F^T H (w - q)."""
     features = level_features(alpha.shape[1], w)  # (2^n_bits, n_bits + 1)
     theta = torch.cat((alpha, shift), 1).view(len(w), -1, features.shape[1])  # (out_features, groups, n_bits + 1)
     by_group = theta.shape[1], w.shape[1] // theta.shape[1]  # groups, group_size
     pull = (w - dequantize(codes, alpha, shift)) @ hessian  # (out_features, in_features)
 
-    fitted, n_rows = [], max(1, 2**24 // (w.shape[1] * theta[0].numel()))  # so many at a time: H F takes 64 MB
+    fitted, n_rows = [], max(1, 2**24 // (w.shape[1] * theta[0].numel()))  # rows at a time: H F takes 64 MB
     for old, code, pulled in zip(theta.split(n_rows), codes.split(n_rows), pull.split(n_rows)):
         # r: row, i: column, g and h: groups, s: column of a group, k and l: unknowns of a group
         f = features[code.long()].unflatten(1, by_group)
@@ -357,7 +357,7 @@ def refit_levels(w: Tensor, hessian: Tensor, codes: Tensor, alpha: Tensor, shift
 def feedback_passes(
     w: Tensor, hessian: Tensor, alpha: Tensor, shift: Tensor, n_passes: int, refit: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes by error feedback, levels refitted to them, and again; each row keeps its best pass. refit=False: GPTQ.
+    """`n_passes` times: codes by error feedback, then refitted levels; each row keeps its best pass. refit=False: GPTQ.
 
     Shapes as in `error_feedback`, any Hessian. Returns codes, alpha, shift, and weights with these as nearest codes."""
     hessian, best, best_error = damped(hessian), None, torch.inf
@@ -377,7 +377,7 @@ def feedback_passes(
 
 
 def into_cells(w: Tensor, codes: Tensor, alpha: Tensor, shift: Tensor) -> Tensor:
-    """Each weight where its code is the nearest: one that a refit of the levels left elsewhere goes to its level."""
+    """Make each weight's code its nearest: a weight that a refit left nearer to another level moves onto its code's."""
     v = w.view(len(alpha), -1)
     is_inside = nearest(v, alpha, shift).view(codes.shape) == codes
     return torch.where(is_inside, w, dequantize(codes, alpha, shift))
@@ -388,7 +388,7 @@ def round_levels(codes: Tensor, alpha: Tensor, shift: Tensor) -> tuple[Tensor, T
 
     codes: (n_groups, group_size), alpha: (n_groups, n_bits), shift: (n_groups, 1)
     That is `error_feedback` with n_bits + 1 columns for a group: its weights are q = F theta, so an error e of theta
-    costs e F^T F e^T. Without it a large alpha, rounded coarsely, would move all weights that share its sign."""
+    costs e F^T F e^T. Otherwise a large alpha_i, rounded coarsely, would shift all weights of equal b_i together."""
     features = level_features(alpha.shape[1], alpha).double()  # (2^n_bits, n_bits + 1)
     rounded = []
     for code, *parts in chunks(codes, alpha, shift):
@@ -507,7 +507,7 @@ def transform(w: Tensor, divisor: Tensor, log_s_elem: Tensor | None) -> Tensor:
 
 
 class FlexBCQLinear(nn.Module):
-    """A linear layer whose weight is quantized on the fly: all four methods of `METHODS` by its two switches.
+    """A linear layer whose weight is quantized on the fly: its two switches give all four `METHODS`.
 
     weight:        (out_features, in_features), kept in its dtype
     learn_mapping: scale, s_elem and s_row are parameters (as logarithms, from 0)
@@ -517,10 +517,10 @@ class FlexBCQLinear(nn.Module):
                    output error. None: all columns count alike
     tau:           as in `Quantize`
     bias:          (out_features,), added to the output as it is
-    hessian, n_passes: as in `feedback_passes`, which goes on from the initialization and leaves the weight in float32.
-                   None: every weight takes the nearest level
-    The codes are state that only `remap` changes, so `forward` is pure. Raises ValueError for n_bits outside 1..8, a
-    group size that does not divide in_features, NaN, or a weight that fp16 cannot hold."""
+    hessian, n_passes: as in `feedback_passes`, which starts from the initialization and leaves the weight in float32.
+                   hessian None: every weight takes the nearest level
+    Once the layer is built, only `remap` changes its codes, so `forward` is pure. Raises ValueError for n_bits outside
+    1..8, a group size that does not divide in_features, NaN, or a weight that fp16 cannot hold."""
 
     def __init__(
         self, weight: Tensor, n_bits: int, group_size: int = -1, learn_mapping: bool = True, learn_levels: bool = True,
@@ -541,7 +541,7 @@ class FlexBCQLinear(nn.Module):
             importance = importance.float().expand(weight.shape).reshape(w.shape)
         if not learn_levels:
             n_rounds = 0
-            n_ratios = n_ratios if learn_mapping else 1  # RTN as everybody has it does not search for a clipping ratio
+            n_ratios = n_ratios if learn_mapping else 1  # standard RTN does not search for a clipping ratio
         scale, zero_point, alpha, shift = initialize(w.float(), n_bits, n_ratios, n_rounds, importance)
 
         self.register_buffer("w", w)
@@ -594,7 +594,7 @@ class FlexBCQLinear(nn.Module):
 
     @torch.no_grad()
     def remap(self, local: bool = True) -> None:
-        """Choose the codes again, for the present parameters: among neighbouring levels, or (local=False) among all."""
+        """Choose the codes again, for the current parameters: among neighbouring levels, or (local=False) among all."""
         if local:
             self.codes = nearest_nearby(self.v(), self.codes, self.alpha, self.shift)
         else:

@@ -25,8 +25,8 @@ extern "C" const char* bcq_dequantize_cuda(const void* bit_planes, const void* a
 #endif
 
 constexpr int64_t PIECE = 8;         // rows of x that the kernels multiply at once
-constexpr int64_t FEW = 32;          // rows of x up to which pieces are faster than dequantizing, about
-constexpr int64_t FEW_ON_GPU = 64;   // the same on a GPU, by arithmetic (docs/kernels.md)
+constexpr int64_t FEW = 32;          // up to about this many rows of x, pieces are faster than dequantizing
+constexpr int64_t FEW_ON_GPU = 64;   // the same on a GPU, calculated, not measured (docs/kernels.md)
 constexpr int64_t BUFFER = 4 << 20;  // bytes of dequantized weights at once; they should stay in a cache
 
 static void check(const at::Tensor& x, const at::Tensor& planes, const at::Tensor& alpha, const at::Tensor& shift,
@@ -65,8 +65,8 @@ static at::DimVector shape_of_result(const at::Tensor& x, int64_t out_features) 
 }
 
 // run(begin, end) over parts of 0 .. count, on PyTorch's threads. at::parallel_for would be compiled here and have
-// threads only with the OpenMP that PyTorch was built with; going through a tensor of `count` elements is PyTorch's own
-// code.
+// threads only with the OpenMP that PyTorch was built with; iterating over a tensor of `count` elements runs PyTorch's
+// own code.
 template <class Run>
 static void parallel(int64_t count, const Run& run) {
     if (at::get_num_threads() == 1) return run(0, count);

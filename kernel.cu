@@ -5,12 +5,12 @@
 //     shift       (out/32, in/group_size, 32) fp16          bit of plane i is 1, and -1 where it is 0
 //     x, y        (batch, in), (batch, out)                 fp32, fp16 or bf16; sums are kept in fp32
 //
-// kernel.py tells the layout in full. Two kernels compute the same: `readable_kernel` is the definition and takes every
+// kernel.py gives the layout in full. Two kernels compute the same: `readable_kernel` is the definition and takes every
 // shape, `fast_kernel` hands the planes to the tensor cores. In both, a block works on a tile of 32 rows and its warps
 // share the columns among them; where that would leave a part of the card idle, several blocks of `fast_kernel` share a
 // tile. At the end the sums of the warps, and then those of the blocks, are added in a fixed order: two runs on a card
-// agree bit for bit, and a token goes through the same operations whatever the batch it is in. For many tokens,
-// `dequantize_kernel` writes the weight down once, and a matrix product of cuBLAS does the rest.
+// agree bit for bit, and a token goes through the same operations in any batch. For many tokens,
+// `dequantize_kernel` writes the weight to memory once, and a cuBLAS matrix product does the rest.
 //
 // No PyTorch here, and nothing is allocated. tests/robustness/cuda_on_cpu.h lets g++ compile this file for a CPU.
 
@@ -49,8 +49,8 @@ __device__ float add(const Sums* sums, int n, int token, int row) {
     return sum;
 }
 
-// The end of both kernels: y is what the warps of the block have summed, added up in the order of the warps. Where
-// several blocks share a tile (gridDim.y), each leaves that in memory, and the last to come adds up all, in order.
+// The end of both kernels: y is the total of the sums of the block's warps, added in the order of the warps. Where
+// several blocks share a tile (gridDim.y), each leaves its total in memory, and the last to finish adds them in order.
 __device__ void add_up(const Sums* of_warps, Sums* of_blocks, int* n_done, void* y, int type, int batch,
                        int out_features) {
     const Sums* sums = of_warps;
@@ -79,11 +79,11 @@ __device__ void add_up(const Sums* of_warps, Sums* of_blocks, int* n_done, void*
 }
 
 // ---- The readable kernel ----
-using Words = int[TILE];      // one word of each row of a tile: 128 bytes, which a warp reads at once, a lane a row
+using Words = int[TILE];      // one word of each row of a tile: 128 bytes, which a warp reads at once, one row per lane
 using Scales = __half[TILE];  // one alpha or shift of each row
 
-// A warp takes 32 columns at a time. Each lane rebuilds the weight of its row in one column after the other and
-// multiplies it with x in that column.
+// A warp takes 32 columns at a time. Column by column, each lane rebuilds the weight of its row and multiplies
+// it by x in that column.
 template <int n_bits, int tokens>
 __global__ void __launch_bounds__(WARPS * TILE)
 readable_kernel(const Words* bit_planes, const Scales* alpha, const Scales* shift, const void* x, void* y, int type,
@@ -121,8 +121,8 @@ readable_kernel(const Words* bit_planes, const Scales* alpha, const Scales* shif
 }
 
 // ---- The weight itself ----
-// A warp takes one word of every row of a tile and writes the 32 weights of one row after the other, a lane each: the
-// planes are read once, and both reading and writing go along the memory. Sums are in the order of `dequantize` in
+// A warp takes one word of every row of a tile and writes each word's 32 weights, row by row, one per lane: the
+// planes are read once, and both reads and writes are contiguous in memory. Sums are in the order of `dequantize` in
 // kernel.py, so they are the same bit for bit.
 __global__ void __launch_bounds__(WARPS * TILE)
 dequantize_kernel(const Words* bit_planes, const Scales* alpha, const Scales* shift, void* weight, int type,
@@ -160,8 +160,8 @@ dequantize_kernel(const Words* bit_planes, const Scales* alpha, const Scales* sh
 // `word >> 1` brings columns 8..15 and 24..31 there.
 
 // x as the mma wants it: 128 columns of up to 8 tokens. They are scaled by a power of two, so that the largest |x| of a
-// token lies in [1/8, 1/4): then 2x / 2^-17 just fits into fp16, be it bf16 or an outlier. Rounding to fp16 changes
-// nothing in an x above 2^-10 of the largest, and smaller ones by at most 2^-21 of the largest.
+// token lies in [1/8, 1/4): then 2x / 2^-17 just fits into fp16, even if x is bf16 or an outlier. Rounding to fp16
+// does not change an x above 2^-10 of the largest, and changes smaller ones by at most 2^-21 of the largest.
 struct Chunk {
     unsigned pairs[4][MAX_BATCH][4][4];  // [v, token, t]: of word t the columns (q, q + 16) for q = 2v, 2v + 8, 2v + 1,
                                          // 2v + 9, times 2 / (the power of two that the mma sees in place of a bit)
@@ -241,7 +241,7 @@ fast_kernel(const ChunkWords* bit_planes, const ChunkScales* alpha, const ChunkS
         for (int v = 0; v < 4; v++)  // past the batch, repeat its last token: that is never stored
             pairs[v] = *(const uint4*)x[chunk].pairs[v][min(g, last)][t];
         float2 first = x[chunk].scale_and_sum[min(2 * t, last)], second = x[chunk].scale_and_sum[min(2 * t + 1, last)];
-        __syncwarp();  // or else the compiler moves loads down to their first use, and they are waited for in turn
+        __syncwarp();  // without it the compiler moves loads down to their first use, and each is waited for in turn
 
         for (int r = 0; r < 4; r += 2) {
             float2 s = scales_of(offset, r);
@@ -293,7 +293,7 @@ static bool has_mma() {
 
 static const char* text_of(cudaError_t error) {
     if (error == cudaSuccess) return nullptr;
-    cudaGetLastError();  // said now: whoever asks next shall not find it
+    cudaGetLastError();  // clear it: it is reported here and must not show up in the next check
     return cudaGetErrorString(error);
 }
 
@@ -312,8 +312,8 @@ static int places(int n_bits) {
     return n_sms * blocks_per_sm(n_bits);
 }
 
-// Bytes on the device for the fast kernel, free for other use as soon as y is there: the chunks of x, then sums and
-// counters of the blocks that share tiles, of which there are no more than places.
+// Bytes of device memory for the fast kernel, free for other use once y is computed: the chunks of x, then sums and
+// counters of the blocks that share tiles; there are at most `places` of these blocks.
 extern "C" size_t bcq_matmul_workspace_bytes(int in_features) {
     return in_features / CHUNK * sizeof(Chunk) + places(1) * (sizeof(Sums) + sizeof(int));
 }

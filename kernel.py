@@ -21,8 +21,8 @@ dequantized, on a CPU a few tiles at a time. The first of these paths that a mac
     on a CPU    avx512, avx2, neon, scalar  support/cpu/cpu.h, which also tells what avx512_int8 and the like are
     anywhere    torch                       plain PyTorch: dequantize, then a matrix product
 
-The environment variable FLEXBCQ_KERNEL=NAME forces one. The kernels are compiled when first needed, into build/.
-`python -m experiments.kernels` measures them on this machine.
+The environment variable FLEXBCQ_KERNEL=NAME forces one. The kernels are compiled when first needed, into build/
+or, if that cannot be written to, into ~/.cache/flexbcq. `python -m experiments.kernels` measures them on this machine.
 """
 
 import ctypes
@@ -137,8 +137,8 @@ FOLDERS = [HERE / "build", Path.home() / ".cache" / "flexbcq"]  # where compiled
 
 
 def compiled_name(with_cuda: bool) -> str:
-    """A file name that changes with the sources, the system, PyTorch and the GPU. Not with the compiler: whoever takes
-    another one deletes build/."""
+    """A file name that changes with the sources, the system, PyTorch and the GPU. Not with the compiler: after
+    changing it, delete build/."""
     sources = [HERE / "kernel.cpp", *sorted((HERE / "support" / "cpu").glob("*.h"))]
     if with_cuda:
         sources.append(HERE / "kernel.cu")
@@ -211,9 +211,9 @@ def load_kernels(with_cuda: bool) -> Library:
 
 @functools.cache
 def library() -> Library | None:
-    """The compiled kernels; None where they cannot be had, with one line that says why.
+    """The compiled kernels, or None where they are not available, after printing why.
 
-    A GPU without its own kernels still has those of the CPU beside it."""
+    Where those for the GPU are not available, those for the CPU may still be."""
     kinds = [False]
     if torch.cuda.is_available():
         from torch.utils.cpp_extension import CUDA_HOME
@@ -235,7 +235,7 @@ def library() -> Library | None:
 
 
 def has_tangent(x: Tensor) -> bool:
-    """Whether x takes part in forward-mode differentiation, which the operator knows nothing of."""
+    """Whether x takes part in forward-mode differentiation, which the operator does not support."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return False
     return forward_ad.unpack_dual(x).tangent is not None
@@ -253,7 +253,7 @@ def keep_weight(ctx, inputs: tuple, output: Tensor) -> None:
 
 
 def multiply_backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
-    """dL/dx = g W; the weight is a constant. For whoever calls the operator itself."""
+    """dL/dx = g W; the weight is a constant. Used when the operator is called directly."""
     return g @ dequantize(*ctx.saved_tensors, ctx.out_features).to(g.dtype), None, None, None, None, None
 
 
@@ -271,9 +271,9 @@ def forced_path() -> str | None:
 
 @functools.cache
 def paths(device_type: str) -> list[str]:
-    """The paths there are on "cpu" or "cuda", best first; the last one is always "torch".
+    """The paths available on "cpu" or "cuda", best first; the last one is always "torch".
 
-    With FLEXBCQ_KERNEL set only that one. Raises ValueError if this machine does not have it."""
+    With FLEXBCQ_KERNEL set, only that one. Raises ValueError if this machine does not have it."""
     forced = forced_path()
     if forced == "torch" or device_type not in ("cpu", "cuda") or library() is None:
         found = []
@@ -344,7 +344,7 @@ class BCQLinear(nn.Module):
         """x: (..., in_features) -> (..., out_features) in the dtype of x, or that of autocast where it is on.
 
         The kernels multiply; without them, or if x needs a gradient, PyTorch dequantizes the weight. Raises ValueError
-        on another width, on whole numbers, or on float64 where a GPU's kernels would multiply."""
+        if x has another width, is not floating-point, or is float64 where a GPU's kernels would multiply."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} columns, the weight has in_features {self.in_features}")
         if not x.is_floating_point():

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 @dataclass
 class LlamaConfig:
-    """What decides the numbers: the first ten under their names in `config.json`, the others read from there by
-    `read_config`."""
+    """What determines the model's results: the first ten fields are named as in `config.json`; `read_config` derives
+    the others from it."""
 
     vocab_size: int
     hidden_size: int
@@ -136,7 +136,7 @@ class KVCache:
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def mask(self, n_new: int) -> Tensor | None:
-        """Which of the tokens so far each of the n_new last ones sees, (n_new, length); None: all, or by causality."""
+        """(n_new, length): which of the tokens so far each of the last n_new sees; None: all, or plain causality."""
         past = self.length - n_new
         if past and n_new > 1:  # the query at position past + i sees everything up to itself
             return torch.ones(n_new, self.length, dtype=torch.bool, device=self.keys.device).tril(past)

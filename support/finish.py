@@ -1,13 +1,13 @@
 """The finish: alpha and shift of all layers trained together, against the logits of the original model (ours).
 
-A block is trained to repeat what the original block does; what remains adds up from block to block. So at the end, with
-the codes fixed, all levels of the model are trained end to end on other samples than the blocks were (as scales are in
-EfficientQAT, Chen et al. 2025, but towards the original's logits). The loss is the Kullback-Leibler divergence
+A block is trained to reproduce the original block; the error that remains adds up from block to block. So at the end,
+with the codes fixed, all levels of the model are trained end to end, on samples other than the blocks' (like the scales
+in EfficientQAT, Chen et al. 2025, but towards the original's logits). The loss is the Kullback-Leibler divergence
 
     KL = mean over tokens of  sum_v p_v (log p_v - log q_v)      p: the original's probabilities, q: those of the model
 
 In memory are the head and all blocks, with a byte for each weight and 5 (n_bits + 1) floats for each group (parameters,
-gradients, two moments, the best so far); of a step, the input of every block for one sequence, and one block with its
+gradients, two moments, the best so far); in a step, also the input of every block for one sequence and one block's
 activations: the forward pass keeps no graph, and the backward pass computes each block once more. The host holds the
 final states of the original: 4 bytes for each hidden unit and token of the samples.
 """
@@ -91,7 +91,7 @@ def inputs_and_output(blocks: list[Block], x: Tensor, rope: tuple[Tensor, Tensor
 
 
 def divergence(head: nn.Module, x: Tensor, original: Tensor) -> Iterator[Tensor]:
-    """The KL above in parts that add up to it, but for the first token, which has no context.
+    """The KL above, in parts that add up to it, without the first token, which has no context.
 
     x, original: (seq_len, hidden_size), what the head gets"""
     for part, wanted in zip(x[1:].split(HEAD_TOKENS), original[1:].split(HEAD_TOKENS)):
@@ -122,7 +122,7 @@ def step(blocks: list[Block], head: nn.Module, x: Tensor, original: Tensor, rope
 def mean_divergence(
     blocks: list[Block], head: nn.Module, x: Tensor, original: Tensor, rope: tuple[Tensor, Tensor]
 ) -> float:
-    """Over samples. x, original: (samples, seq_len, hidden_size), on the host."""
+    """The divergence, averaged over samples. x, original: (samples, seq_len, hidden_size), on the host."""
     loss, device = 0.0, rope[0].device
     for embedded, wanted in zip(x, original):
         last = inputs_and_output(blocks, embedded[None].to(device), rope)[-1][0]
@@ -136,14 +136,14 @@ def mean_divergence(
 def train_levels(
     checkpoint: Checkpoint, blocks: list[Block], samples: Tensor, held_out: Tensor, settings: Settings
 ) -> list[float]:
-    """Adam on the divergence; its rate rises over an eighth of the steps and falls to 0 as a cosine. Changes the packed
-    layers of `blocks` in place.
+    """Adam on the divergence; its rate rises over the first eighth of the steps and falls to 0 as a cosine. Changes the
+    packed layers of `blocks` in place.
 
     checkpoint: the original; blocks: all of the quantized model, on the device
     samples, held_out: (samples, seq_len) int64, the shares of this process; a step takes its share of --batch-size, in
     order
-    Of the states at the start and after each quarter of the steps, the best on held_out stays: never worse than before,
-    but for the rounding to fp16. Returns their divergences."""
+    Of the states at the start and after each quarter of the steps, the best on held_out is kept: never worse than
+    before, but for the rounding to fp16. Returns the divergences of all these states."""
     device = settings.device
     rope, head = rope_tables(checkpoint.config, samples.shape[1], device), checkpoint.head(device=device)
     ids, sizes = torch.cat((held_out, samples)), (len(held_out), len(samples))
@@ -191,8 +191,8 @@ def train_levels(
 def finish(checkpoint: Checkpoint, ids: Tensor, settings: Settings, folder: Path, report: dict) -> None:
     """Read all blocks back, train their levels, and write them again, unless the report says that it was done.
 
-    ids: (HELD_OUT + samples, seq_len); the new files replace the old ones only when all are there, so that a run which
-    is killed at any moment starts from the blocks, or from what is finished"""
+    ids: (HELD_OUT + samples, seq_len); the new files replace the old ones only when all are there, so that a run killed
+    at any moment resumes from the blocks, or from the finished result"""
     staged, start = folder / STAGED, time.perf_counter()
     parallel.wait()  # the first process writes the last block while the others are here already
     if "finish" not in report:

@@ -1,9 +1,9 @@
 """Several processes, started by PyTorch's own launcher: torchrun --nproc-per-node N calibrate.py ...
 
-Each process has a GPU, holds every N-th calibration sequence and takes the same steps; gradients and losses are
-averaged over the processes, so N of them do what one does with the same --batch-size, only sooner. Perplexities are
-shared in the same way. Process 0 alone writes and prints, but for errors. Without torchrun there is one process, and
-nothing here does anything.
+Each process has a GPU (or works on the CPU), holds every N-th calibration sequence and takes the same steps; gradients
+and losses are averaged over the processes, so N of them do what one does with the same --batch-size, only sooner.
+Perplexities are shared in the same way. Only process 0 writes and prints, except for errors. Without torchrun there is
+one process, and the functions here do nothing.
 """
 
 import os
@@ -25,9 +25,9 @@ def own_device(device: str) -> str:
 
 
 def backends(device_type: str) -> str:
-    """Who carries the tensors: those on a GPU NCCL, those on a CPU gloo, and numbers such as a loss are on the CPU.
+    """The backends that carry tensors: NCCL on a GPU, gloo on a CPU, where numbers such as a loss are too.
 
-    By default PyTorch takes only the one for the accelerator of the machine, even if that is not used."""
+    By default PyTorch takes only the one for the machine's accelerator, even if the accelerator is not used."""
     return "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
 
 
@@ -145,7 +145,7 @@ def is_lost(error: Exception) -> bool:
 
 
 def report(text: str) -> None:
-    """Print an error on stderr; of several processes, only the first that has one. torchrun then ends the others."""
+    """Print an error on stderr; with several processes, only the first to fail does. torchrun then ends the others."""
     if not dist.is_torchelastic_launched():
         print(text, file=sys.stderr)
     elif is_first_error():

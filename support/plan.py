@@ -52,8 +52,8 @@ def resolve(settings: Settings) -> tuple[Checkpoint, Settings]:
     check_folders(checkpoint, settings)
     if settings.samples % settings.batch_size or settings.batch_size % parallel.world():
         raise ValueError(
-            f"--batch-size {settings.batch_size}: must divide --samples {settings.samples}, and the number of "
-            f"processes ({parallel.world()}) must divide it"
+            f"--batch-size {settings.batch_size}: must divide --samples {settings.samples} and be a multiple of the "
+            f"number of processes ({parallel.world()})"
         )
     return checkpoint, settings
 
@@ -63,12 +63,12 @@ def check_folders(checkpoint: Checkpoint, settings: Settings) -> None:
     check_out(settings.out)
     folder = settings.out.parent
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise OSError(f"--out {settings.out}: {folder} is no folder that can be written to; create it or give another")
+        raise OSError(f"--out {settings.out}: {folder} is not a writable folder; create it or give another")
     for file in side_files(checkpoint.folder):
         file.open("rb").close()  # can it be read?
 
     if settings.offload and not os.access(settings.offload, os.W_OK | os.X_OK):
-        raise OSError(f"--offload {settings.offload}: no folder that can be written to; create it or give another")
+        raise OSError(f"--offload {settings.offload}: not a writable folder; create it or give another")
     if settings.offload and sys.platform == "win32":
         raise OSError("--offload: Windows cannot delete a file that is in use, so it would stay behind; leave it out")
 
@@ -160,7 +160,7 @@ def check_one(name: str, needed: float, available: float) -> None:
     print(f"{name}: {needed / 1e9:.3f} GB of {available / 1e9:.1f} GB")
     if needed > available:
         raise ValueError(
-            f"{name}: needs {needed / 1e9:.3f} GB, there are {available / 1e9:.3f}; make space or ask for less"
+            f"{name}: needs {needed / 1e9:.3f} GB, but there are only {available / 1e9:.3f} GB; free some or use less"
         )
 
 
@@ -178,10 +178,10 @@ def finish_fits(checkpoint: Checkpoint, settings: Settings, weights: int) -> boo
     needed += 4 * config.vocab_size * config.hidden_size  # the head
     total = peak_and_total(settings.device)[1]
 
-    print(f"--finish-steps {settings.finish_steps}: {needed / 1e9:.3f} GB of {total / 1e9:.1f} GB, beside one block")
+    print(f"--finish-steps {settings.finish_steps}: {needed / 1e9:.3f} GB of {total / 1e9:.1f} GB, on top of one block")
     fits = parallel.mean(needed < total) == 1
     if not fits:
-        print("that is too little, here or on another device: without the finish")
+        print("not enough memory, here or on another device: going on without the finish")
     return fits
 
 

@@ -8,7 +8,7 @@
 
 `folder` is OUT.partial and becomes OUT at the end. Every file in it appears whole or not at all
 (`checkpoint.whole_file`), and a block's record is written after its weights, so calibration.json never claims too much.
-What was not finished is done again from the seeds of its block, which gives the bytes of a run that was never
+What was not finished is redone from the seeds of its block, which gives the same bytes as a run that was never
 interrupted.
 """
 
@@ -139,7 +139,7 @@ def resumable(settings: Settings, source: Checkpoint, texts: dict[str, Tensor]) 
             write_json(partial / REPORT, report)
             yield partial, parallel.agree_on(report)
 
-    # a folder is renamed when nothing in it is open any more
+    # rename the folder only now that nothing in it is open
     if settings.out.exists():
         settings.out.rmdir()  # it is empty
     partial.rename(settings.out)
@@ -209,7 +209,7 @@ def dequantize_blocks(checkpoint: Checkpoint, folder: Path, settings: Settings) 
 
 
 def quantized_head(weight: Tensor, settings: Settings) -> dict[str, Tensor]:
-    """Embedding or lm_head as its tensors are stored: bit-planes with the levels of rtn, or the weight they stand for.
+    """The tensors stored for embedding or lm_head: bit-planes with the levels of rtn, or the weight they stand for.
 
     weight: (vocab_size, hidden_size)"""
     found = []

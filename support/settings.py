@@ -59,32 +59,32 @@ class Settings:
     Settings(**PAPER) are those of the paper. Raises ValueError for a number out of its range."""
 
     model: Path = files(TINY, "folder, or org/name[@revision] on Hugging Face", shown="the bundled models/tiny")
-    out: Path | None = files(None, "new folder to write", shown="MODEL-METHOD-BITSbit, here")
+    out: Path | None = files(None, "new folder to write", shown="MODEL-METHOD-BITSbit in the current folder")
 
     method: str = quantization("flexbcq", "how to quantize", choices=WITH_GPTQ)
     bits: int = quantization(3, "bits per weight, the number of bit-planes", 1, 8)
     group_size: int = quantization(-1, "weights that share alpha and shift, a multiple of 32; -1: a whole row")
     head_bits: int | None = quantization(
         None,
-        "bits per weight of embedding and lm_head, a row sharing alpha and shift; 8 cost little",
+        "bits per weight of embedding and lm_head, with alpha and shift for each row; 8 bits do little harm",
         1,
         8,
-        shown="as they are",
+        shown="left as they are",
     )
     dequantized: bool = quantization(False, "write ordinary weights instead of bit-planes, for other software")
 
     samples: int = calibration(128, "sequences that the blocks are trained on; the finish draws others", 1)
     seq_len: int | None = calibration(None, "tokens in each sequence", shown="2048, or the model's context if smaller")
-    epochs: int | None = calibration(None, "passes over the samples", 1, shown="20; for the bundled model 1")
+    epochs: int | None = calibration(None, "passes over the samples", 1, shown="20, or 1 for the bundled model")
     batch_size: int | None = calibration(
-        None, "sequences in a training step", 1, shown="1; with torchrun 1 per process"
+        None, "sequences in a training step", 1, shown="1, or 1 per process with torchrun"
     )
     seed: int = calibration(0, "seed of the samples, their order and the mixing of inputs", 0, 2**32 - 1)
 
     mapping_rate: float = switch(5e-3, "learning rate of scale, s_elem and s_row, falling to 0 as a cosine", 0, 1)
     level_rate: float = switch(2e-3, "learning rate of alpha and shift in the blocks, falling to 0 as a cosine", 0, 1)
     period: int = switch(2, "training steps between two mappings of weights to levels", 1)
-    local: bool = switch(True, "a new mapping moves a weight by one level at most")
+    local: bool = switch(True, "each new mapping moves a weight by at most one level")
     tau: float = switch(1.0, "no gradient where the level is further away than X times the smallest alpha", 0, 1e9)
     learn_shift: bool = switch(True, "train the shift like alpha in the blocks (the finish always does)")
     original_input: float = switch(0.5, "share of a block's inputs taken from the original model in training", 0, 1)
@@ -110,8 +110,8 @@ class Settings:
     )
     eval_text: Path | None = evaluation(
         None,
-        "UTF-8 file for perplexity, or wikitext2 (test split) or c4 (1,100 documents), both joined as by GPTQ",
-        shown="the test split or last tenth of --text, or held-out files of the library",
+        "UTF-8 file for perplexity, or wikitext2 (test split) or c4 (1,100 documents), both joined as in GPTQ",
+        shown="the test split (c4: validation) or last tenth of --text, or held-out library files",
     )
     eval_seq_len: int | None = evaluation(None, "tokens per window", shown="as --seq-len")
     eval_windows: int | None = evaluation(None, "use only the first N windows", 1, shown="all")
@@ -139,7 +139,7 @@ class Settings:
             )
         if self.feedback_passes > 1 and not WITH_GPTQ[self.method][1]:
             raise ValueError(
-                f"--feedback-passes {self.feedback_passes}: the levels of {self.method} are fixed, one will do"
+                f"--feedback-passes {self.feedback_passes}: the levels of {self.method} are fixed, 1 is enough"
             )
         if self.finish_steps and not WITH_GPTQ[self.method][1]:
             raise ValueError(f"--finish-steps {self.finish_steps}: the levels of {self.method} are not trained")
@@ -173,24 +173,24 @@ class Evaluation:
     )
     seq_len: int | None = perplexity(
         None,
-        "tokens per window; with --task or --mmlu the most tokens of an item, whose beginning is cut",
+        "tokens per window; with --task or --mmlu the maximum per item (longer items lose their beginning)",
         shown="2048, or the model's context if smaller",
     )
     against: Path | None = perplexity(
-        None, "also measure the distance from this model, the original: KL divergence, same token"
+        None, "also measure the distance from this original model: KL divergence, same most likely token"
     )
 
     prompt: str | None = generation(None, "continue this text instead, and print tokens per second")
     tokens: int = generation(100, "tokens to generate", 1)
     temperature: float = generation(
-        0.0, "draw each token, from logits divided by X", 0, 1e9, shown="0: take the most likely"
+        0.0, "sample each token, from logits divided by X", 0, 1e9, shown="0: take the most likely"
     )
-    seed: int = generation(0, "seed of the drawing", 0, 2**32 - 1)
-    chat: bool = generation(False, "take the prompt as a question to an assistant: apply the chat template")
+    seed: int = generation(0, "seed of the sampling", 0, 2**32 - 1)
+    chat: bool = generation(False, "treat the prompt as a question to an assistant: apply the chat template")
 
     task: Path | None = tasks(None, "a .jsonl file of BLiMP, LAMBADA, PIQA or ARC, or a folder of them")
-    mmlu: Path | None = tasks(None, "MMLU, by letters: its published folder, with dev and test")
-    cloze: bool = tasks(False, "MMLU by the texts of the answers, without shots")
+    mmlu: Path | None = tasks(None, "MMLU, answered by letter: its published folder, with dev and test")
+    cloze: bool = tasks(False, "score MMLU by the texts of the answers instead, without shots")
     shots: int = tasks(5, "solved examples shown before each MMLU question", 0)
     limit: int | None = tasks(None, "use only the first N items of each file or subject", 1, shown="all")
 

@@ -208,7 +208,7 @@ def test_perplexities_are_shared_among_the_processes(n_windows, shares, options,
         (["--bits", "9"], "--bits 9: choose 1 to 8"),
         (
             ["--batch-size", "1"],
-            "--batch-size 1: must divide --samples 8, and the number of processes (2) must divide it",
+            "--batch-size 1: must divide --samples 8 and be a multiple of the number of processes (2)",
         ),
     ],
 )

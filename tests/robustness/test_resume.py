@@ -290,7 +290,7 @@ def test_disk_that_fills_up_ends_with_one_line_and_goes_on_when_there_is_space(d
 def test_disk_that_is_too_small_is_refused_before_anything_is_written(disk, toy, text):
     fill(disk)
     result = call(main, *command(toy, text, disk / "out"))
-    assert result.code == 2 and "out: needs 0.001 GB, there are 0.000; make space" in result.err
+    assert result.code == 2 and "out: needs 0.001 GB, but there are only 0.000 GB; free some" in result.err
     result = call(main, *command(toy, text, disk.parent / "out", "--offload", disk))
     assert result.code == 2 and f"--offload {disk}: needs" in result.err
     assert [path.name for path in disk.iterdir()] == ["ballast"]
