@@ -290,12 +290,12 @@ def task_section(store: dict) -> str:
     return f"""## Answers
 
 The same models in groups of 64 on a part of three tasks, the first items of each file:
-{parts}. They are scored as by `eval.py --task`, in float32, with standard
-errors; the figures compare these models with each other; they are not comparable with those published for whole tasks.
-The mean of the three is given as its difference from the original, with the standard error of paired differences, since
-all have answered the same items. KL is the mean divergence from the original's next-token distribution in nats; "same
-token" is the share of positions where both find the same token most likely (`eval.py --against`, on {WINDOWS} windows
-of the test set).
+{parts}.
+They are scored as by `eval.py --task`, in float32, with standard errors. They compare these models with each other and
+are not comparable with figures published for whole tasks. The mean of the three is given as its difference from the
+original, with the standard error of paired differences, since all have answered the same items. KL is the mean
+divergence from the original's next-token distribution in nats; "same token" is the share of positions where both find
+the same token most likely (`eval.py --against`, on {WINDOWS} windows of the test set).
 
 {task_table(store)}
 
@@ -433,7 +433,7 @@ def markdown(store: dict) -> str:
     picture = "![Perplexity against the period and the threshold of filtering; how far codes moved](docs/ablation.png)"
     picture *= is_ablated(runs)
     missing = len([chosen for chosen in wanted() if chosen not in runs])
-    ranges = "; where a range is given, the mean of\nseeds 0, 1, 2" * (options("flexbcq", *MAIN, SEEDS[0]) in runs)
+    ranges = ";\nwhere a range is given, the mean of seeds 0, 1, 2" * (options("flexbcq", *MAIN, SEEDS[0]) in runs)
     return f"""# Results
 
 Written by `python -m experiments.results`. Perplexities are from runs of `calibrate.py` with the options named here
