@@ -458,10 +458,11 @@ Measured on {"; ".join(machines)}; torch {first["versions"]["torch"]}.
 
 ## Side by side
 
-gptq is error feedback with uniform levels over the whole range of a group, as published; bcq has error feedback and
-fitted levels, without training; flexround is trained with uniform levels; paper is `--method flexbcq --paper`, without
-our additions. "A row" means one group per row. Bits are those of bit-planes; in brackets, those that a uniform method
-needs in a format of its own.
+gptq is error feedback with uniform levels over the whole range of a group, as published: on block 3 of this model, at
+3 bits in groups of 64, every layer has the same output error as with gptqmodel 7.7.0 (act order, static groups), to
+0.01 % (`python -m experiments.peers`). bcq has error feedback and fitted levels, without training; flexround is
+trained with uniform levels; paper is `--method flexbcq --paper`, without our additions. "A row" means one group per
+row. Bits are those of bit-planes; in brackets, those that a uniform method needs in a format of its own.
 
 {side_by_side(runs, CELLS)}
 

@@ -1,12 +1,13 @@
 """The programs that measure a packed model, on a toy: what they print, not how fast anything is."""
 
 import re
+import sys
 
 import pytest
 from helpers import call
 
 import calibrate
-from experiments import decode, int8
+from experiments import decode, int8, peers
 from kernel import paths
 
 
@@ -37,3 +38,9 @@ def test_the_price_of_bytes_is_measured_by_kernels_that_ran(packed, text):
     assert result.code == 0 and exact.endswith("largest change of a token's loss 0.00")
     assert len(rounded) == (f"{paths('cpu')[0]}_int8" in paths("cpu"))
     assert not any("standard error 0.00 %" in line for line in rounded)
+
+
+def test_a_missing_peer_is_named_with_the_remedy(toy, text, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gptqmodel", None)
+    result = call(peers.main, toy, text, "--block", 0, "--group-size", 32, "--samples", 1, "--seq-len", 64)
+    assert result.code == 2 and result.err.strip().endswith("pip install gptqmodel")
