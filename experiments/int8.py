@@ -21,7 +21,7 @@ from kernel import paths
 from llama import KVCache, Llama, rope_tables
 from support.checkpoint import Checkpoint
 from support.command import guarded
-from support.data import cut, load_tokenizer, tokenize
+from support.data import cut, load_tokenizer, read_text, tokenize
 
 TOGETHER = 32
 
@@ -39,7 +39,7 @@ def losses(model: Llama, window: Tensor, path: str) -> Tensor:
 def run(args: argparse.Namespace) -> None:
     checkpoint, found = Checkpoint(args.packed), paths("cpu")
     model, tokenizer = checkpoint.model(), load_tokenizer(args.packed)
-    ids = tokenize(tokenizer, args.text.read_text("utf-8"), str(args.text), args.seq_len)
+    ids = tokenize(tokenizer, read_text(args.text), str(args.text), args.seq_len)
     windows = cut(ids, args.seq_len)[: args.windows]
 
     chosen = [path for path in (found[0], f"{found[0]}_int8") if path in found]

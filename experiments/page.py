@@ -380,15 +380,16 @@ def peers_plot(runs: dict) -> None:
     """Perplexity against the bits that are stored, each method in its own format; lines join the sizes of groups."""
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
+    measured = {cell: values(runs, cell) for cell in CELLS + BETWEEN}
     looks = dict(zip(METHODS, ("v:#999999", "^:#E69F00", "s:#56B4E9", "D:#009E73", "P--#CC79A7", "o-#D55E00")))
     for method, look in looks.items():
         marker, style, color = look[0], look[1:-7], look[-7:]
         axes.plot([], [], marker + style, color=color, label=method)
         for bits in sorted({bits for bits, _ in CELLS}):
             points = [
-                (stored_bits(method, *cell, runs[options(method, *cell)]["bits_per_weight"]), statistics.mean(measured))
-                for cell in CELLS + BETWEEN
-                if cell[0] == bits and (measured := values(runs, cell)[method])
+                (stored_bits(method, *cell, runs[options(method, *cell)]["bits_per_weight"]), statistics.mean(found))
+                for cell, by_method in measured.items()
+                if cell[0] == bits and (found := by_method[method])
             ]
             if points:
                 axes.plot(*zip(*sorted(points)), marker + style, color=color)

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from calibrate import input_hessians, watching
+from calibrate import watching
 from flexbcq import METHODS, FlexBCQLinear
 from llama import linears, rope_tables
 from support.checkpoint import Checkpoint
 from support.command import guarded
-from support.data import cut, load_tokenizer, tokenize
+from support.data import cut, load_tokenizer, read_text, tokenize
 
 
 def by_gptqmodel(weight: Tensor, inputs: Tensor, bits: int, group_size: int) -> Tensor:
@@ -45,25 +45,25 @@ def by_gptqmodel(weight: Tensor, inputs: Tensor, bits: int, group_size: int) -> 
 def run(args: argparse.Namespace) -> None:
     # the block, and what it is fed with
     checkpoint = Checkpoint(args.model)
-    ids = tokenize(load_tokenizer(args.model), args.text.read_text("utf-8"), str(args.text), args.seq_len)
+    ids = tokenize(load_tokenizer(args.model), read_text(args.text), str(args.text), args.seq_len)
     x, rope = checkpoint.embed(cut(ids, args.seq_len)[: args.samples]), rope_tables(checkpoint.config, args.seq_len)
     for i in range(args.block):
         x = checkpoint.block(i)(x, *rope)
     block, inputs = checkpoint.block(args.block), {}
     with watching(linears(block), inputs.__setitem__):
         block(x, *rope)
-    hessians = input_hessians(block, x, rope)
 
     # the error of each layer's output, in percent of the output
     print(f"{'block ' + str(args.block):20}{'rtn':>10}{'gptq':>10}{'gptqmodel':>12}")
     for name, linear in linears(block).items():
-        weight, shape = linear.weight.detach(), (args.bits, args.group_size)
+        weight, shape, tokens = linear.weight.detach(), (args.bits, args.group_size), inputs[name].flatten(0, 1)
         rtn = FlexBCQLinear(weight, *shape, *METHODS["rtn"])
-        gptq = FlexBCQLinear(weight, *shape, *METHODS["rtn"], hessian=hessians[name], n_passes=1)
+        gptq = FlexBCQLinear(weight, *shape, *METHODS["rtn"], hessian=tokens.T @ tokens, n_passes=1)
         peer = by_gptqmodel(weight, inputs[name], *shape)
 
+        output = tokens @ weight.T
         quantized = rtn.quantized_weight(), gptq.quantized_weight(), peer
-        of_output = [(inputs[name] @ (w - weight).T).norm() / (inputs[name] @ weight.T).norm() for w in quantized]
+        of_output = [(tokens @ w.T - output).norm() / output.norm() for w in quantized]
         print(f"{name:20}{of_output[0]:10.2%}{of_output[1]:10.2%}{of_output[2]:12.2%}")
 
 

@@ -198,7 +198,8 @@ def test_samples_of_the_blocks_are_the_same_with_and_without_a_finish(runs):
 def test_a_model_that_does_not_fit_is_quantized_without(toy, text, tmp_path, monkeypatch):
     monkeypatch.setattr("support.plan.peak_and_total", lambda device: (0, 1000))
     result = call(main, *command(toy, text, tmp_path / "out"))
-    assert result.code == 0 and "here or on another device: going on without the finish" in result.out
+    assert result.code == 0
+    assert "not enough memory, here or on another device: going on without the finish" in result.out
     report, config = (json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("calibration", "config"))
     assert report["finish"] is None and config["quantization_config"]["finish_steps"] == 0
 
